@@ -1,0 +1,1 @@
+"""Exact attention modules for PyTorch, on top of fap_api."""

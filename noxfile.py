@@ -1,0 +1,87 @@
+"""Every task of this repository: `nox --list` shows them, `nox -s NAME` runs one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "virtualenv"  # pip chooses the build of torch that suits the machine
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "wheels", "tests(torch=2.13.0)"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PACKAGES = ["fap-kernels", "fap-api", "fap-nn", "fap-testing"]
+STANDALONE = ["fap-kernels", "fap-nn", "fap-testing"]
+# torch releases, oldest to newest, each with the triton release it is made for.
+MATRIX = {"2.8.0": "3.4.0", "2.9.1": "3.5.1", "2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.15.0": "3.9.0"}
+TORCH = "2.13.0"
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run causal attention, judge it by the oracle, and train a tiny model with it."""
+    install_workspace(session, "demo")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("torch", list(MATRIX), ids=[f"torch={torch}" for torch in MATRIX])
+def tests(session: nox.Session, torch: str) -> None:
+    """Run the test suite on the CPU; arguments after `--` go to pytest."""
+    install_workspace(session, "test", torch)
+    session.run("pytest", "-m", "not gpu", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a GPU, and fail where there is none."""
+    install_workspace(session, "test")
+    session.run("python", "-c", "import torch; torch.zeros(1, device='cuda')")
+    session.run("pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    install_group(session, "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of all four packages."""
+    install_group(session, "types", f"torch=={TORCH}")
+    session.run("mypy")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the four packages into dist/, each wheel from its own source distribution."""
+    install_group(session, "build")
+    shutil.rmtree("dist", ignore_errors=True)
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", "dist", f"packages/{package}", silent=True)
+
+
+@nox.session(requires=["build"], reuse_venv=False)
+@nox.parametrize("package", STANDALONE, ids=STANDALONE)
+def wheels(session: nox.Session, package: str) -> None:
+    """Install one package, with what it depends on, into a clean environment and use it."""
+    (wheel,) = Path("dist").glob(f"{package.replace('-', '_')}-*.whl")
+    session.install(str(wheel), f"torch=={TORCH}", "--find-links", "dist")
+    session.run("python", f"tests/clean_install/use_{package.replace('-', '_')}.py")
+
+
+def install_workspace(session: nox.Session, group: str, torch: str = TORCH) -> None:
+    """Install the four packages editable, one dependency group, and torch with the triton made for it."""
+    pins = [f"torch=={torch}", f"triton=={MATRIX[torch]}; platform_system == 'Linux'"]
+    install_group(session, group, *pins, *[f"--editable=packages/{package}" for package in PACKAGES])
+
+
+def install_group(session: nox.Session, group: str, *arguments: str) -> None:
+    """Install one dependency group of pyproject.toml, together with the given arguments to pip."""
+    session.install(*nox.project.dependency_groups(PROJECT, group), *arguments)

@@ -6,13 +6,9 @@ wants a GPU. Other tags name a topic: ``select("quick", "window")``. ``find("win
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from itertools import product
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 __all__ = ["FEATURES", "LAYOUTS", "Case", "Layout", "all_cases", "find", "select"]
 
@@ -92,7 +88,8 @@ class Case:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         if self.layout == "qkv_packed" and self.seqlen_q != self.seqlen_k:
             raise ValueError(
-                f"layout 'qkv_packed' needs equal lengths, got seqlen_q {self.seqlen_q}, seqlen_k {self.seqlen_k}"
+                "layout 'qkv_packed' needs equal lengths, "
+                f"got seqlen_q {self.seqlen_q} and seqlen_k {self.seqlen_k}"
             )
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}")
@@ -110,7 +107,8 @@ class Case:
             "softcap": 0.0,
             "dropout_p": 0.0,
         }
-        return {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        given = {name: getattr(self, name) for name in defaults}
+        return {name: value for name, value in given.items() if value != defaults[name]}
 
     @property
     def has_keyless_rows(self) -> bool:
@@ -169,144 +167,12 @@ def find(name: str) -> Case:
 @cache
 def all_cases() -> tuple[Case, ...]:
     """Return every named case."""
-    grids = {
-        "lengths": _lengths,
-        "window": _windows,
-        "gqa": _gqa,
-        "head_dim": _head_dims,
-        "softmax_scale": _scales,
-        "softcap": _softcaps,
-        "alibi": _alibi,
-        "dropout": _dropout,
-        "layout": _layouts,
-        "combined": _combined,
-    }
-    found: dict[str, Case] = {}
-    for topic, grid in grids.items():
-        for size, case in grid():
-            if case.name in found:
-                raise ValueError(f"two cases are called {case.name!r}")
-            sizes = {"quick", "full"} if size == "quick" else {"full"}
-            found[case.name] = replace(case, tags=frozenset({topic, *sizes}))
-    return tuple(found.values())
+    from fap_testing._grids import named_cases
 
-
-_Sized = tuple[Literal["quick", "full"], Case]
-
-
-def _lengths() -> Iterator[_Sized]:
-    quick = [(1, 1), (1, 37), (37, 1), (17, 17), (64, 64), (65, 63), (13, 70), (70, 13)]
-    full = [
-        (1, 2049), (3, 799), (239, 1), (113, 203), (128, 217), (256, 512), (512, 256), (799, 3),
-        (1023, 1024), (1024, 1023), (1024, 1024), (2048, 2048),
-    ]  # fmt: skip
-    for (seqlen_q, seqlen_k), causal in product(quick, (False, True)):
-        name = f"lengths_{seqlen_q}x{seqlen_k}{'_causal' * causal}"
-        yield "quick", Case(name=name, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal)
-    for (seqlen_q, seqlen_k), causal in product(full, (False, True)):
-        name = f"lengths_{seqlen_q}x{seqlen_k}{'_causal' * causal}"
-        yield "full", Case(
-            name=name, batch=2, nheads=3, nheads_k=3, head_dim=64, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=causal
+    cases = tuple(named_cases())
+    names = [case.name for case in cases]
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"case names must differ, got twice: {sorted({n for n in names if names.count(n) > 1})}"
         )
-    for batch, seqlen_q, seqlen_k in [(2, 0, 5), (2, 5, 0), (2, 0, 0), (0, 5, 5)]:
-        name = f"zero_length_{batch}x{seqlen_q}x{seqlen_k}"
-        yield "quick", Case(name=name, batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    yield "quick", Case(name="batch_3", batch=3, nheads=1, nheads_k=1, causal=True)
-
-
-def _windows() -> Iterator[_Sized]:
-    windows = [(0, 0), (5, 0), (0, 5), (7, 3), (-1, 4), (4, -1), (200, 200), (-1, 25)]
-    for window, (seqlen_q, seqlen_k) in product(windows, [(33, 33), (20, 50), (50, 20)]):
-        name = f"window_{window[0]}_{window[1]}_{seqlen_q}x{seqlen_k}".replace("-1", "all")
-        yield "quick", Case(name=name, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_size=window, nheads=1, nheads_k=1)
-    for window, (seqlen_q, seqlen_k) in product([(5, 3), (0, -1)], [(33, 33), (50, 20)]):
-        name = f"window_{window[0]}_{window[1]}_causal_{seqlen_q}x{seqlen_k}".replace("-1", "all")
-        yield "quick", Case(name=name, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_size=window, causal=True)
-    windows = [(0, 0), (127, 0), (128, 128), (300, 17), (-1, 400), (64, -1)]
-    for window, (seqlen_q, seqlen_k) in product(windows, [(1000, 1000), (400, 900), (900, 400)]):
-        name = f"window_{window[0]}_{window[1]}_{seqlen_q}x{seqlen_k}".replace("-1", "all")
-        yield "full", Case(name=name, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window_size=window, head_dim=64)
-
-
-def _gqa() -> Iterator[_Sized]:
-    for (nheads, nheads_k), causal in product([(4, 2), (6, 3), (3, 1)], (False, True)):
-        name = f"gqa_{nheads}_{nheads_k}{'_causal' * causal}"
-        sizes = {"batch": 2, "nheads": nheads, "nheads_k": nheads_k}
-        yield "quick", Case(name=name, seqlen_q=19, seqlen_k=35, causal=causal, **sizes)
-        yield "full", Case(name=f"{name}_300x513", seqlen_q=300, seqlen_k=513, causal=causal, head_dim=128, **sizes)
-
-
-def _head_dims() -> Iterator[_Sized]:
-    for head_dim in (1, 2, 8, 24, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256):
-        one_head: dict[str, Any] = {"head_dim": head_dim, "nheads": 1, "nheads_k": 1}
-        yield "quick", Case(name=f"head_dim_{head_dim}", seqlen_q=18, seqlen_k=35, causal=True, **one_head)
-        for causal in (False, True):
-            name = f"head_dim_{head_dim}_300x400{'_causal' * causal}"
-            yield "full", Case(name=name, seqlen_q=300, seqlen_k=400, causal=causal, **one_head)
-
-
-def _scales() -> Iterator[_Sized]:
-    for scale in (0.0, 1e-3, 1.0, 3.0, -0.4, 40.0):
-        yield "quick", Case(name=f"softmax_scale_{scale:g}", softmax_scale=scale, causal=True)
-    for scale in (-0.4, 3.0):
-        yield "full", Case(
-            name=f"softmax_scale_{scale:g}_512x640", softmax_scale=scale, seqlen_q=512, seqlen_k=640, head_dim=128
-        )
-
-
-def _softcaps() -> Iterator[_Sized]:
-    for softcap, scale in [(0.3, None), (15.0, None), (30.0, 2.0), (1.0, 200.0)]:
-        name = f"softcap_{softcap:g}" + (f"_scale_{scale:g}" if scale else "")
-        yield "quick", Case(name=name, softcap=softcap, softmax_scale=scale, seqlen_q=20, seqlen_k=37, causal=True)
-    for softcap, head_dim in product((1.0, 30.0), (64, 128, 256)):
-        name = f"softcap_{softcap:g}_500x600_d{head_dim}"
-        yield "full", Case(name=name, softcap=softcap, seqlen_q=500, seqlen_k=600, head_dim=head_dim)
-
-
-def _alibi() -> Iterator[_Sized]:
-    shapes: tuple[Literal["head", "batch_head"], ...] = ("head", "batch_head")
-    for alibi, causal, lengths in product(shapes, (False, True), [(33, 33), (20, 45), (45, 20)]):
-        name = f"alibi_{alibi}_{lengths[0]}x{lengths[1]}{'_causal' * causal}"
-        yield "quick", Case(
-            name=name, batch=2, nheads=4, nheads_k=2, seqlen_q=lengths[0], seqlen_k=lengths[1], alibi=alibi, causal=causal
-        )
-    for alibi, causal, head_dim in product(shapes, (False, True), (64, 128)):
-        name = f"alibi_{alibi}_400x700_d{head_dim}{'_causal' * causal}"
-        yield "full", Case(
-            name=name, batch=2, nheads=4, seqlen_q=400, seqlen_k=700, alibi=alibi, causal=causal, head_dim=head_dim
-        )
-
-
-def _dropout() -> Iterator[_Sized]:
-    for dropout_p, causal in product((0.1, 0.5, 0.9), (False, True)):
-        name = f"dropout_{dropout_p:g}{'_causal' * causal}"
-        options: dict[str, Any] = {"batch": 2, "dropout_p": dropout_p, "causal": causal}
-        yield "quick", Case(name=name, seqlen_q=21, seqlen_k=70, **options)
-        yield "full", Case(name=f"{name}_300x500", seqlen_q=300, seqlen_k=500, head_dim=64, **options)
-    for head_dim in (40, 96, 128, 192, 256):
-        name = f"dropout_0.17_d{head_dim}"
-        yield "full", Case(name=name, seqlen_q=300, seqlen_k=333, dropout_p=0.17, head_dim=head_dim)
-
-
-def _layouts() -> Iterator[_Sized]:
-    for layout, causal in product(LAYOUTS[1:], (False, True)):
-        options: dict[str, Any] = {"batch": 2, "nheads": 4, "nheads_k": 2, "layout": layout, "causal": causal}
-        name = f"layout_{layout}{'_causal' * causal}"
-        yield "quick", Case(name=name, seqlen_q=19, seqlen_k=19 if layout == "qkv_packed" else 37, **options)
-        for head_dim in (64, 96, 128):
-            yield "full", Case(name=f"{name}_300x300_d{head_dim}", seqlen_q=300, seqlen_k=300, head_dim=head_dim, **options)
-
-
-def _combined() -> Iterator[_Sized]:
-    every: dict[str, Any] = {"batch": 2, "nheads": 4, "nheads_k": 2, "softcap": 5.0, "softmax_scale": 0.7}
-    yield "quick", Case(name="combined_window_softcap_alibi", seqlen_q=30, seqlen_k=47, window_size=(9, 4), alibi="head", **every)
-    yield "quick", Case(name="combined_keyless_alibi", seqlen_q=47, seqlen_k=30, window_size=(9, 4), alibi="batch_head", **every)
-    yield "quick", Case(
-        name="combined_dropout_everything", seqlen_q=30, seqlen_k=47, window_size=(20, -1), causal=True, dropout_p=0.3,
-        alibi="batch_head", layout="gapped", head_dim=20, **every,
-    )  # fmt: skip
-    for head_dim, dropout_p in product((40, 64, 128, 160), (0.0, 0.2)):
-        yield "full", Case(
-            name=f"combined_d{head_dim}_dropout_{dropout_p:g}", seqlen_q=333, seqlen_k=257, window_size=(200, 30),
-            alibi="batch_head", layout="kv_packed", head_dim=head_dim, dropout_p=dropout_p, **every,
-        )  # fmt: skip
+    return cases

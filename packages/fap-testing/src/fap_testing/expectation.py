@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from fap_testing.reference import (
     AttentionGradients,
     attention_baseline_gradients,
@@ -15,6 +13,8 @@ from fap_testing.reference import (
 from fap_testing.tolerances import BASELINE_FACTOR, assert_close_to_oracle
 
 if TYPE_CHECKING:
+    import torch
+
     from fap_testing.cases import Case
     from fap_testing.inputs import CaseInputs
 
@@ -23,17 +23,25 @@ __all__ = ["Expectation", "expect"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expectation:
-    """The right results of one call, and how far plain PyTorch in the same dtype strays from them."""
+    """The right results of one call, and how far plain PyTorch in the same dtype strays from them.
+
+    Attributes:
+        case: what was computed.
+        oracle: float64 results.
+        baseline: the same from plain PyTorch in the inputs' dtype.
+        factor, atol: the errors allowed, as for :func:`fap_testing.tolerances.error_bound`.
+    """
 
     case: Case
     oracle: AttentionGradients
     baseline: AttentionGradients
+    factor: float = BASELINE_FACTOR
+    atol: float | None = None
 
-    def check(self, *, factor: float = BASELINE_FACTOR, atol: float | None = None, **tensors: torch.Tensor) -> None:
+    def check(self, **tensors: torch.Tensor) -> None:
         """Assert that results are as close to the oracle as :func:`assert_close_to_oracle` asks.
 
         Args:
-            factor, atol: as for :func:`fap_testing.tolerances.error_bound`.
             tensors: any of ``out``, ``softmax_lse``, ``dq``, ``dk``, ``dv``. Rows without keys are held to
                 exact zeros in out and dq.
 
@@ -43,13 +51,14 @@ class Expectation:
         """
         unknown = sorted(set(tensors) - set(AttentionGradients._fields))
         if unknown or not tensors:
-            raise TypeError(f"check takes {', '.join(AttentionGradients._fields)}, got {', '.join(unknown) or 'nothing'}")
+            accepted = ", ".join(AttentionGradients._fields)
+            raise TypeError(f"check takes any of {accepted}, got {', '.join(unknown) or 'nothing'}")
         keyless = self.oracle.softmax_lse.isinf().transpose(1, 2)
         for name, actual in tensors.items():
             oracle = getattr(self.oracle, name)
             baseline = getattr(self.baseline, name)
             assert_close_to_oracle(
-                actual, oracle, baseline, name=name, case=self.case, factor=factor, atol=atol
+                actual, oracle, baseline, name=name, case=self.case, factor=self.factor, atol=self.atol
             )
             if name in ("out", "dq") and actual[keyless].count_nonzero():
                 raise AssertionError(f"{name} of case {self.case} must be exactly 0 in rows without keys")
@@ -61,6 +70,8 @@ def expect(
     keep_mask: torch.Tensor | None = None,
     use_dout: bool = True,
     use_dlse: bool = True,
+    factor: float = BASELINE_FACTOR,
+    atol: float | None = None,
 ) -> Expectation:
     """Compute what a case's out, softmax_lse, dq, dk and dv must be.
 
@@ -69,6 +80,7 @@ def expect(
         keep_mask: bool ``(batch, nheads, seqlen_q, seqlen_k)``; required iff the case has dropout.
         use_dout, use_dlse: whether the gradients come from a gradient of out, of the LSE, or (the default)
             of both. At least one.
+        factor, atol: the errors allowed, as for :func:`fap_testing.tolerances.error_bound`.
     """
     dout = inputs.dout if use_dout else None
     dlse = inputs.dlse if use_dlse else None
@@ -77,4 +89,6 @@ def expect(
         case=inputs.case,
         oracle=attention_reference_gradients(*arguments, **inputs.options, keep_mask=keep_mask),
         baseline=attention_baseline_gradients(*arguments, **inputs.options, keep_mask=keep_mask),
+        factor=factor,
+        atol=atol,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fap_testing.cases import Case
 
@@ -33,7 +33,11 @@ class Placement:
         """One past the last element."""
         if 0 in self.shape:
             return self.offset
-        return self.offset + 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return (
+            self.offset
+            + 1
+            + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        )
 
 
 class Buffer:
@@ -50,7 +54,9 @@ class Buffer:
         values = next(iter(tensors.values()))[0]
         guard = self._guard(tensors) if poison else 0
         size = max(placement.end for _, placement in tensors.values()) + 2 * guard
-        self._memory = torch.full((size,), math.nan if poison else 0.0, dtype=values.dtype, device=values.device)
+        self._memory = torch.full(
+            (size,), math.nan if poison else 0.0, dtype=values.dtype, device=values.device
+        )
         self.views: dict[str, torch.Tensor] = {}
         for name, (x, placement) in tensors.items():
             view = self._memory.as_strided(placement.shape, placement.strides, placement.offset + guard)
@@ -59,7 +65,7 @@ class Buffer:
 
     @staticmethod
     def _guard(tensors: dict[str, tuple[torch.Tensor, Placement]]) -> int:
-        """Enough for a tile of rows beyond either end, and aligned so as not to change the fast paths taken."""
+        """Enough for a tile of rows beyond either end, aligned so that no fast path is lost to it."""
         row = max(max((placement.strides[1:2] or (1,))[0], 1) for _, placement in tensors.values())
         return math.ceil(min(_GUARD_ROWS * row, 1 << 20) / _ALIGNMENT) * _ALIGNMENT
 
@@ -75,8 +81,8 @@ class Buffer:
             inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
         where = "inside" if inside[index] else "outside"
         raise AssertionError(
-            f"the memory of {', '.join(self.views)} was written to: {int(changed.sum())} elements changed, the first "
-            f"one {where} the tensors, element {index} of {changed.numel()}: "
+            f"the memory of {', '.join(self.views)} was written to: {int(changed.sum())} elements changed, "
+            f"the first one {where} the tensors, element {index} of {changed.numel()}: "
             f"{self._before[index].item()} became {self._memory[index].item()}"
         )
 
@@ -91,14 +97,15 @@ def place_qkv(case: Case) -> list[dict[str, Placement]]:
     if case.layout == "kv_packed":
         rest = [{name: _contiguous(q_shape)} for name in ("q", "dout")]
         return [_packed_heads({"k": k_shape, "v": k_shape}), *rest]
-    place = {
+    places: dict[str, Callable[[tuple[int, ...]], Placement]] = {
         "contiguous": _contiguous,
         "heads_first": lambda shape: _stored(shape, order=(0, 2, 1, 3)),
         "sequence_first": lambda shape: _stored(shape, order=(1, 0, 2, 3)),
         "gapped": lambda shape: _stored(shape, gaps=(0, 2, 1, 8)),
         "unaligned": lambda shape: _stored(shape, gaps=(0, 0, 0, 1), offset=1),
         "last_stride_2": lambda shape: _stored(shape, step=2),
-    }[case.layout]
+    }
+    place = places[case.layout]
     return [{name: place(shape)} for name, shape in shapes.items()]
 
 
@@ -114,7 +121,7 @@ def _stored(
     step: int = 1,
     offset: int = 0,
 ) -> Placement:
-    """Store the dimensions in ``order``, outermost first, each followed by a gap, with ``step`` as last stride."""
+    """Store dimensions in ``order``, outermost first, with a gap after each and ``step`` between elements."""
     strides = [0] * len(shape)
     stride = step
     for dim in reversed(order):

@@ -87,8 +87,9 @@ def attention_reference(
 ) -> AttentionResult:
     """Compute attention in float64, differentiably: the oracle that every other result is measured by.
 
-    The score of query i and key j is ``cap(softmax_scale * q_i . k_j) - slope * |i + seqlen_k - seqlen_q - j|``
-    with ``cap(s) = softcap * tanh(s / softcap)``; then comes the mask, then the softmax, then dropout.
+    The score of query i and key j is ``cap(softmax_scale * q_i . k_j) - slope * |d - j|`` with the diagonal
+    ``d = i + seqlen_k - seqlen_q`` and ``cap(s) = softcap * tanh(s / softcap)``; then come the mask, the
+    softmax and dropout, in this order.
     Formulas: flash-attn's documentation (Dao, 2023), and Press et al., 2022, for ALiBi. Where flash-attn
     contradicts its documentation (it clamps windows that reach past the keys), the documentation holds.
 
@@ -265,21 +266,23 @@ def _alibi_bias(alibi_slopes: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> t
 
 
 def _gradients(
-    result: AttentionResult, leaves: Sequence[torch.Tensor], dout: torch.Tensor | None, dlse: torch.Tensor | None
+    result: AttentionResult,
+    leaves: Sequence[torch.Tensor],
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
 ) -> AttentionGradients:
     outputs = [("dout", result.out, dout), ("dlse", result.softmax_lse, dlse)]
     given = [(name, y, dy.to(y)) for name, y, dy in outputs if dy is not None]
     if not given:
-        raise ValueError("dout and dlse are both None, accepted: a gradient of out, of softmax_lse, or of both")
+        raise ValueError(
+            "dout and dlse are both None, expected a gradient of out, of softmax_lse, or of both"
+        )
     for name, y, dy in given:
         if y.shape != dy.shape:
             raise ValueError(f"{name} must have shape {tuple(y.shape)}, got {tuple(dy.shape)}")
     _, ys, dys = zip(*given, strict=True)
-    gradients = torch.autograd.grad(ys, leaves, dys, allow_unused=True)
-    # The LSE does not depend on v.
-    dq, dk, dv = (
-        torch.zeros_like(x) if dx is None else dx.detach() for x, dx in zip(leaves, gradients, strict=True)
-    )
+    # The LSE does not depend on v: materialize_grads makes that a gradient of zero.
+    dq, dk, dv = torch.autograd.grad(ys, leaves, dys, materialize_grads=True)
     return AttentionGradients(result.out.detach(), result.softmax_lse.detach(), dq, dk, dv)
 
 
@@ -290,12 +293,14 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
-        raise ValueError(f"q and k must agree in batch and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise ValueError(f"q and k must agree in batch and head_dim, got {tuple(q.shape)}, {tuple(k.shape)}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"k's heads must divide q's heads, got {k.shape[2]} and {q.shape[2]}")
 
 
-def _check_dropout(q: torch.Tensor, k: torch.Tensor, dropout_p: float, keep_mask: torch.Tensor | None) -> None:
+def _check_dropout(
+    q: torch.Tensor, k: torch.Tensor, dropout_p: float, keep_mask: torch.Tensor | None
+) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if (dropout_p > 0.0) != (keep_mask is not None):

@@ -67,7 +67,9 @@ def error_bound(
     finite = torch.isfinite(oracle)
     error = (baseline.to(oracle) - oracle)[finite].abs()
     if not torch.isfinite(error).all():
-        raise ValueError(f"the baseline in {baseline.dtype} is not finite where the oracle is, so it bounds no error")
+        raise ValueError(
+            f"the baseline in {baseline.dtype} is not finite where the oracle is: it bounds no error"
+        )
     if atol is None:
         noise = _ACCUMULATION_NOISE.get(dtype, _FLOAT32_NOISE)
         atol = max(noise, 0.5 * torch.finfo(dtype).eps * _max(oracle[finite].abs()))
@@ -118,7 +120,8 @@ def assert_close_to_oracle(
         f"{what} is too far from the oracle ({actual.dtype}, shape {tuple(actual.shape)}):\n"
         f"  max error {worst:.3e}, allowed {bound.max_allowed:.3e} "
         f"= {factor:g} * {bound.max_error:.3e} (PyTorch in the same dtype) + {bound.atol:.3e}\n"
-        f"  rms error {rms:.3e}, allowed {bound.rms_allowed:.3e} = {factor:g} * {bound.rms_error:.3e} + {bound.atol:.3e}\n"
+        f"  rms error {rms:.3e}, allowed {bound.rms_allowed:.3e} "
+        f"= {factor:g} * {bound.rms_error:.3e} + {bound.atol:.3e}\n"
         f"  worst at {index}: got {measured[index].item():.8g}, oracle {oracle[index].item():.8g}, "
         f"PyTorch {baseline[index].item():.8g}\n"
         f"  {int((error > bound.max_allowed).sum())} of {error.numel()} elements exceed the max error allowed"
@@ -130,8 +133,9 @@ def _assert_same_infinities(measured: torch.Tensor, oracle: torch.Tensor, what: 
     if wrong.any():
         index = _first_index(wrong)
         raise AssertionError(
-            f"{what} has {int(wrong.sum())} of {wrong.numel()} elements that are NaN, or infinite where the oracle is "
-            f"not or the reverse; the first at {index}: got {measured[index].item()}, oracle {oracle[index].item()}"
+            f"{what} has {int(wrong.sum())} of {wrong.numel()} elements that are NaN, or infinite where the "
+            f"oracle is not, or the reverse; the first at {index}: got {measured[index].item()}, "
+            f"oracle {oracle[index].item()}"
         )
 
 

@@ -1,0 +1,169 @@
+"""Call a subject on a case's inputs and take its answer apart, strictly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fap_testing.cases import Case
+    from fap_testing.conformance.subject import Subject
+    from fap_testing.inputs import CaseInputs
+
+__all__ = ["CallResult", "NonconformityError", "call", "forward", "keep_mask_of", "require_that"]
+
+_MASK_BLOCK = 128
+
+
+class NonconformityError(AssertionError):
+    """The subject breaks its contract. Kept apart from an AssertionError that the subject itself raises."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallResult:
+    """What one call returned; None for what the subject does not provide or was not asked for.
+
+    Attributes:
+        out: ``(batch, seqlen_q, nheads, head_dim)``.
+        softmax_lse: ``(batch, nheads, seqlen_q)``.
+        s_dmask: as returned, see :func:`keep_mask_of`.
+        dq, dk, dv: gradients, in the shapes of q, k and v.
+    """
+
+    out: torch.Tensor
+    softmax_lse: torch.Tensor | None = None
+    s_dmask: torch.Tensor | None = None
+    dq: torch.Tensor | None = None
+    dk: torch.Tensor | None = None
+    dv: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the results that an oracle can check, by name."""
+        names = ("out", "softmax_lse", "dq", "dk", "dv")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
+
+
+def require_that(condition: bool, message: str) -> None:
+    """Raise NonconformityError with the message unless the condition holds."""
+    if not condition:
+        raise NonconformityError(message)
+
+
+def call(
+    subject: Subject, inputs: CaseInputs, *, use_dout: bool = True, use_dlse: bool = True, **extra: Any
+) -> CallResult:
+    """Run a subject forward, and backward as far as it supports that, on a case's inputs.
+
+    Args:
+        subject: what to run.
+        inputs: from :func:`fap_testing.inputs.make_inputs`.
+        use_dout, use_dlse: which outputs get a gradient. The LSE gets one only if the subject supports
+            ``lse_gradient``.
+        extra: keyword arguments beyond the case's own, such as ``deterministic=True``.
+
+    Raises:
+        NonconformityError: the answer has the wrong structure, shape, dtype or device, or lacks a gradient.
+    """
+    wants_gradients = subject.provides("backward", inputs.case)
+    q, k, v = inputs.leaves() if wants_gradients else (inputs.q, inputs.k, inputs.v)
+    result = forward(subject, inputs, q, k, v, **extra)
+    if not wants_gradients:
+        return result
+    outputs = [(result.out, inputs.dout)] if use_dout else []
+    if use_dlse and result.softmax_lse is not None and subject.provides("lse_gradient", inputs.case):
+        require_that(
+            result.softmax_lse.requires_grad,
+            "softmax_lse must be differentiable, got one that does not require grad; "
+            "declare 'lse_gradient' unsupported if that is meant",
+        )
+        outputs.append((result.softmax_lse, inputs.dlse.to(result.softmax_lse.dtype)))
+    require_that(
+        result.out.requires_grad,
+        "out must be differentiable, got one that does not require grad; "
+        "declare 'backward' unsupported if that is meant",
+    )
+    ys, dys = zip(*outputs, strict=True)
+    # v has no part in the LSE, so its gradient may be absent when only the LSE is differentiated.
+    dq, dk, dv = torch.autograd.grad(ys, (q, k, v), dys, materialize_grads=not use_dout)
+    for name, x, dx in (("dq", q, dq), ("dk", k, dk), ("dv", v, dv)):
+        _check_like(name, dx, x.shape, x.dtype, x.device)
+    lse = None if result.softmax_lse is None else result.softmax_lse.detach()
+    return CallResult(result.out.detach(), lse, result.s_dmask, dq, dk, dv)
+
+
+def forward(
+    subject: Subject, inputs: CaseInputs, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: Any
+) -> CallResult:
+    """Run a subject's forward pass on tensors that stand in for the inputs' own q, k and v."""
+    options = inputs.options | extra
+    wants_lse = options.pop("return_attn_probs", subject.provides("lse", inputs.case))
+    if wants_lse:
+        options["return_attn_probs"] = True
+    returned = subject.attention(q, k, v, **options)
+    if not wants_lse:
+        require_that(
+            isinstance(returned, torch.Tensor),
+            f"attention must return out alone without return_attn_probs, got {_kind(returned)}",
+        )
+        _check_like("out", returned, q.shape, q.dtype, q.device)
+        return CallResult(returned)
+    require_that(
+        isinstance(returned, (tuple, list)) and len(returned) == 3,
+        f"return_attn_probs=True must return (out, softmax_lse, S_dmask), got {_kind(returned)}",
+    )
+    out, lse, s_dmask = returned
+    _check_like("out", out, q.shape, q.dtype, q.device)
+    batch, seqlen_q, nheads, _ = q.shape
+    lse_dtypes = (torch.float32, torch.promote_types(q.dtype, torch.float32))
+    _check_like("softmax_lse", lse, (batch, nheads, seqlen_q), lse_dtypes, q.device)
+    return CallResult(out, lse, s_dmask)
+
+
+def keep_mask_of(s_dmask: torch.Tensor, case: Case) -> torch.Tensor:
+    """Read the dropout mask out of S_dmask: its sign bit is set where a weight was dropped, -0.0 included.
+
+    Args:
+        s_dmask: ``(batch, nheads, round_up(seqlen_q, 128), round_up(seqlen_k, 128))`` in q's dtype.
+        case: the sizes to cut it down to.
+
+    Returns:
+        bool ``(batch, nheads, seqlen_q, seqlen_k)``, True where a weight is kept; of no meaning where masked.
+
+    Raises:
+        NonconformityError: S_dmask has another shape.
+    """
+    rows, columns = (-(-n // _MASK_BLOCK) * _MASK_BLOCK for n in (case.seqlen_q, case.seqlen_k))
+    shape = (case.batch, case.nheads, rows, columns)
+    require_that(
+        tuple(s_dmask.shape) == shape,
+        "with dropout, S_dmask must have shape "
+        f"(batch, nheads, round_up(seqlen_q, 128), round_up(seqlen_k, 128)) = {shape}, "
+        f"got {tuple(s_dmask.shape)}",
+    )
+    return ~torch.signbit(s_dmask[:, :, : case.seqlen_q, : case.seqlen_k])
+
+
+def _check_like(
+    name: str,
+    x: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    require_that(isinstance(x, torch.Tensor), f"{name} must be a tensor, got {_kind(x)}")
+    require_that(
+        tuple(x.shape) == tuple(shape), f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}"
+    )
+    accepted = dtype if isinstance(dtype, tuple) else (dtype,)
+    require_that(
+        x.dtype in accepted, f"{name} must have dtype {' or '.join(map(str, accepted))}, got {x.dtype}"
+    )
+    require_that(x.device == device, f"{name} must be on {device}, got {x.device}")
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    return f"{type(x).__name__} of length {len(x)}" if isinstance(x, (tuple, list)) else type(x).__name__

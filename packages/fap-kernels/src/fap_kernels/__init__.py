@@ -1,0 +1,20 @@
+"""Exact attention kernels in Triton, forward and backward, as functions from tensors to tensors.
+
+    out, softmax_lse, rng_state = attention_forward(q, k, v, causal=True)
+    dq, dk, dv = attention_backward(dout, q, k, v, out, softmax_lse, causal=True)
+
+Importing this package imports neither Triton nor CUDA; the first call does.
+"""
+
+from .attention import attention_backward, attention_forward, attention_probabilities
+from .problem import AttentionProblem
+from .support import unsupported_reasons
+
+__all__ = [
+    "AttentionProblem",
+    "attention_backward",
+    "attention_forward",
+    "attention_probabilities",
+    "unsupported_reasons",
+]
+__version__ = "0.1.0"

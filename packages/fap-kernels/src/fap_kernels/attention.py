@@ -1,0 +1,241 @@
+"""Exact attention on the GPU as plain functions: tensors in, tensors out, no autograd."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .problem import AttentionProblem
+from .support import require_supported
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["attention_backward", "attention_forward", "attention_probabilities"]
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Compute exact attention, its log-sum-exp and the state of its random numbers.
+
+    For query i and key j of one head, with ``d = i + seqlen_k - seqlen_q - j``::
+
+        logits = softcap(softmax_scale * q @ k^T) - alibi_slope * |d|      where -right <= d <= left
+        out = dropout(softmax(logits)) @ v
+        softmax_lse = log(sum(exp(logits)))                                 before dropout
+
+    The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691).
+
+    Args:
+        q: ``(batch, seqlen_q, nheads, head_dim)``, float16, bfloat16 or float32; head_dim 1 to 256.
+        k, v: ``(batch, seqlen_k, nheads_k, head_dim)``, in q's dtype, where ``nheads_k`` divides ``nheads``:
+            query head h reads key head ``h // (nheads // nheads_k)``. Any strides; a tensor whose last
+            stride is not 1 is copied.
+        softmax_scale: None stands for ``1 / sqrt(head_dim)``.
+        causal: query i sees no key after its own position, aligned at the sequences' ends; the same
+            as ``window_size=(left, 0)``.
+        window_size: ``(left, right)`` in keys; -1 is no bound.
+        softcap: c > 0 replaces each scaled product s by ``c * tanh(s / c)``.
+        alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``.
+        dropout_p: probability in [0, 1) of dropping a weight; kept ones are scaled by ``1 / (1 - dropout_p)``.
+        rng_state: int64 ``(2,)`` on q's device, seed and offset of the dropout mask, to draw a mask again.
+            Drawn from the device's generator if None.
+
+    Returns:
+        ``out`` like q, contiguous; ``softmax_lse`` float32 ``(batch, nheads, seqlen_q)``, natural log;
+        ``rng_state``, or None without dropout. A row that sees no key has out 0 and softmax_lse +inf.
+
+    Raises:
+        RuntimeError: tensors that do not fit together, or that these kernels do not support.
+        ValueError, TypeError: an option out of range or of the wrong type.
+    """
+    problem = AttentionProblem.describe(
+        q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+    )  # fmt: skip
+    require_supported(problem)
+    from .forward.launch import plan_forward
+    from .target import target_of
+
+    rng_state = _rng_state(problem, rng_state)
+    q, k, v = _unit_last_stride(q, k, v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    softmax_lse = _row_vector(problem)
+    launch = plan_forward(problem, target_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, rng_state)
+    launch.run(q.device)
+    return out, softmax_lse, rng_state
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    *,
+    dlse: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the gradients of :func:`attention_forward` with respect to q, k and v.
+
+    The weights are recomputed from the log-sum-exp (Dao et al., arXiv:2205.14135, appendix B.4); dQ, dK
+    and dV are accumulated in float32.
+
+    Args:
+        dout: gradient of ``out``, in its shape and dtype, any strides.
+        q, k, v: as given to the forward pass.
+        out, softmax_lse: as it returned them.
+        dlse: gradient of ``softmax_lse``, float32 in its shape, any strides; None for zero.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p: as given to the forward pass.
+        rng_state: as the forward pass returned it; needed iff ``dropout_p > 0``.
+        deterministic: gradients must be bitwise equal on every run. These kernels' always are.
+
+    Returns:
+        ``dq`` like q, ``dk`` and ``dv`` like k and v, all contiguous. Rows that see no key, and keys that no
+        query sees, have gradient 0.
+
+    Raises:
+        RuntimeError: tensors that do not fit together, or that these kernels do not support.
+        ValueError, TypeError: an option out of range or of the wrong type.
+    """
+    problem = AttentionProblem.describe(
+        q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, deterministic=deterministic, needs_grad=True,
+    )  # fmt: skip
+    require_supported(problem)
+    _check_like("dout", dout, q.shape, q)
+    _check_like("out", out, q.shape, q)
+    _check_vector("softmax_lse", softmax_lse, problem)
+    if dlse is not None:
+        _check_vector("dlse", dlse, problem)
+    if problem.dropout_p > 0.0 and rng_state is None:
+        raise ValueError("rng_state must be what the forward pass returned when dropout_p > 0, got None")
+    from .backward.launch import plan_delta, plan_dkdv, plan_dq
+    from .target import target_of
+
+    rng_state = _rng_state(problem, rng_state)
+    q, k, v, out, dout = _unit_last_stride(q, k, v, out, dout)
+    softmax_lse = softmax_lse.contiguous()
+    delta = _row_vector(problem)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    target = target_of(q.device)
+    inputs = (problem, target, q, k, v, dout, softmax_lse, delta)
+    plan_delta(problem, target, out, dout, dlse, delta).run(q.device)
+    plan_dkdv(*inputs, dk, dv, alibi_slopes, rng_state).run(q.device)
+    plan_dq(*inputs, dq, alibi_slopes, rng_state).run(q.device)
+    return dq, dk, dv
+
+
+def attention_probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Write out the attention weights, with the sign telling which of them dropout removed.
+
+    For tests and for looking at: this is the matrix that attention exists not to store.
+
+    Args:
+        q, k: as given to the forward pass.
+        softmax_lse: as it returned it, float32 ``(batch, nheads, seqlen_q)``.
+        softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p: as given to the forward pass.
+        rng_state: as the forward pass returned it; needed iff ``dropout_p > 0``.
+
+    Returns:
+        ``(batch, nheads, seqlen_q, seqlen_k)`` in q's dtype, both lengths rounded up to a multiple of 128:
+        the weights ``exp(logits - softmax_lse)``, without dropout's scale, negative (-0.0 included) where
+        dropped. Masked entries and those beyond the lengths are +0.0.
+
+    Raises:
+        RuntimeError: tensors that do not fit together, or that these kernels do not support.
+        ValueError, TypeError: an option out of range or of the wrong type.
+    """
+    problem = AttentionProblem.describe(
+        q, k, k, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+    )  # fmt: skip
+    require_supported(problem)
+    _check_vector("softmax_lse", softmax_lse, problem)
+    if problem.dropout_p > 0.0 and rng_state is None:
+        raise ValueError("rng_state must be what the forward pass returned when dropout_p > 0, got None")
+    from .forward.launch import PROBABILITY_TILE, plan_probabilities
+    from .target import target_of
+
+    rng_state = _rng_state(problem, rng_state)
+    q, k = _unit_last_stride(q, k)
+    rows, columns = (-(-n // PROBABILITY_TILE) * PROBABILITY_TILE for n in (problem.seqlen_q, problem.seqlen_k))
+    weights = torch.empty((problem.batch, problem.nheads, rows, columns), dtype=q.dtype, device=q.device)
+    plan_probabilities(
+        problem, target_of(q.device), q, k, softmax_lse.contiguous(), weights, alibi_slopes, rng_state
+    ).run(q.device)
+    return weights
+
+
+def _unit_last_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
+
+
+def _row_vector(problem: AttentionProblem) -> torch.Tensor:
+    return torch.empty(
+        (problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32, device=problem.device
+    )
+
+
+def _rng_state(problem: AttentionProblem, rng_state: torch.Tensor | None) -> torch.Tensor | None:
+    if problem.dropout_p == 0.0:
+        return None
+    if rng_state is None:
+        # Drawn on the device: no synchronisation, new numbers on every replay of a CUDA graph, and
+        # torch.manual_seed decides them.
+        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=problem.device)
+    if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != problem.device:
+        raise RuntimeError(
+            f"rng_state must be an int64 tensor of shape (2,) on {problem.device}, "
+            f"got {rng_state.dtype} of shape {tuple(rng_state.shape)} on {rng_state.device}"
+        )
+    return rng_state.contiguous()
+
+
+def _check_like(name: str, x: torch.Tensor, shape: torch.Size, like: torch.Tensor) -> None:
+    if x.shape != shape or x.dtype != like.dtype or x.device != like.device:
+        raise RuntimeError(
+            f"{name} must have q's shape {tuple(shape)}, dtype {like.dtype} and device {like.device}, "
+            f"got {tuple(x.shape)}, {x.dtype} and {x.device}"
+        )
+
+
+def _check_vector(name: str, x: torch.Tensor, problem: AttentionProblem) -> None:
+    shape = (problem.batch, problem.nheads, problem.seqlen_q)
+    if tuple(x.shape) != shape or x.dtype != torch.float32 or x.device != problem.device:
+        raise RuntimeError(
+            f"{name} must be float32 of shape (batch, nheads, seqlen_q) = {shape} on {problem.device}, "
+            f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )

@@ -1,0 +1,105 @@
+"""dK and dV: one key tile sweeps the queries that see it.
+
+    tile of keys ──> for each query head of its group:
+                       for each tile of queries that sees it:   S^T = K Q^T,  dP^T = V dO^T
+                                                                P^T, dS^T
+                                                                dV += P^T dO
+                                                                dK += dS^T Q
+                 ──> dV / (1 - p),  dK * softmax_scale
+
+The tile is held transposed, so that P^T and dS^T enter the products that consume them as they are.
+Grouped heads are summed here, in registers: K and V are never repeated and nothing is atomic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..language import dropout as drop
+from ..language import masks, parts, rows, scores, tiles
+from ..launch import UNSPECIALIZED
+from .step import weights_and_dscores
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_dkdv_kernel(
+    q, q_tail, k, k_tail, v, v_tail, dout, dout_tail,
+    lse, delta, dk, dv, alibi_slopes, rng_state,
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, alibi_stride,
+    nheads_k, group, seqlen_q, seqlen_k, window_left, window_right,
+    softmax_scale, softcap, keep_threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Write ``dk`` and ``dv`` of one key tile. Grid: (batch, key head, key tile), the tile fastest."""
+    batch, head_k, first_key = tiles.place(nheads_k, seqlen_k, BLOCK_N, False)
+    window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, head_k, seqlen_k)
+    v_rows = rows.Rows(v, v_tail, v_strides, batch, head_k, seqlen_k)
+    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    v_tile = rows.load(v_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    dk_acc = parts.zeros(BLOCK_N, PART0, PART1)
+    dv_acc = parts.zeros(BLOCK_N, PART0, PART1)
+    visit = tiles.queries_to_visit(window, first_key, BLOCK_N, BLOCK_M)
+
+    for head in range(head_k * group, (head_k + 1) * group):
+        nheads = nheads_k * group
+        slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
+        score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
+        dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold) if rng_state is not None else None
+        q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
+        dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, head, seqlen_q)
+        vectors = (batch * nheads + head).to(tl.int64) * seqlen_q
+        if window_right is not None:
+            for first_query in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_M, num_stages=STAGES):
+                dk_acc, dv_acc = _gather(
+                    k_tile, v_tile, q_rows, dout_rows, lse + vectors, delta + vectors, first_key, first_query,
+                    window, score, dropout, keep_scale, dk_acc, dv_acc,
+                    HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
+                )  # fmt: skip
+        for first_query in tl.range(visit.inner, visit.outer, BLOCK_M, num_stages=STAGES):
+            dk_acc, dv_acc = _gather(
+                k_tile, v_tile, q_rows, dout_rows, lse + vectors, delta + vectors, first_key, first_query,
+                window, score, dropout, keep_scale, dk_acc, dv_acc,
+                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
+        if window_left is not None:
+            for first_query in tl.range(visit.outer, visit.end, BLOCK_M, num_stages=STAGES):
+                dk_acc, dv_acc = _gather(
+                    k_tile, v_tile, q_rows, dout_rows, lse + vectors, delta + vectors, first_key, first_query,
+                    window, score, dropout, keep_scale, dk_acc, dv_acc,
+                    HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
+                )  # fmt: skip
+
+    dk_rows = rows.Rows(dk, None, dk_strides, batch, head_k, seqlen_k)
+    dv_rows = rows.Rows(dv, None, dv_strides, batch, head_k, seqlen_k)
+    if rng_state is not None:
+        dv_acc = parts.scale(dv_acc, keep_scale)
+    rows.store(dv_rows, first_key, dv_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
+    rows.store(dk_rows, first_key, parts.scale(dk_acc, softmax_scale), BLOCK_N, HEAD_DIM, PART0, PART1)
+
+
+@triton.jit
+def _gather(
+    k_tile, v_tile, q_rows, dout_rows, lse, delta, first_key, first_query,
+    window, score, dropout, keep_scale, dk_acc, dv_acc,
+    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add to dK and dV what the query tile at ``first_query`` contributes."""
+    keys = (first_key + tl.arange(0, BLOCK_N))[:, None]
+    queries = (first_query + tl.arange(0, BLOCK_M))[None, :]
+    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    dout_tile = rows.load(dout_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    row_lse = rows.load_vector(lse, first_query, window.seqlen_q, BLOCK_M, float("inf"))
+    row_delta = rows.load_vector(delta, first_query, window.seqlen_q, BLOCK_M, 0.0)
+    weights, dscores = weights_and_dscores(
+        parts.contract(k_tile, q_tile), parts.contract(v_tile, dout_tile),
+        row_lse[None, :], row_delta[None, :], queries, keys, window, score, dropout, keep_scale, MASKED,
+    )  # fmt: skip
+    dtype = q_tile[0].dtype
+    dv_acc = parts.accumulate(weights.to(dtype), dout_tile, dv_acc)
+    dk_acc = parts.accumulate(dscores.to(dtype), q_tile, dk_acc)
+    return dk_acc, dv_acc

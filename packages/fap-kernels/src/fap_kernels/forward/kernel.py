@@ -1,0 +1,101 @@
+"""The forward pass: one query tile sweeps the keys it sees.
+
+    tile of queries ──> for each tile of keys it sees:   S = Q K^T
+                                                         logits, mask
+                                                         online softmax step: P, rescale
+                                                         O = rescale * O + P V
+                    ──> O / sum,  LSE = max + log(sum)
+
+FlashAttention-2's schedule (Dao, arXiv:2307.08691): parallel over query tiles, heads and batch,
+sequential over keys, nothing of size seqlen_q x seqlen_k in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..language import dropout as drop
+from ..language import masks, parts, rows, scores, softmax, tiles
+from ..launch import UNSPECIALIZED
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_forward_kernel(
+    q, q_tail, k, k_tail, v, v_tail,  # descriptors for each part of the head dim, or (pointer, None)
+    out, lse, alibi_slopes, rng_state,
+    q_strides, k_strides, v_strides, out_strides, alibi_stride,
+    nheads, group, seqlen_q, seqlen_k, window_left, window_right,
+    softmax_scale, softcap, keep_threshold, keep_scale,
+    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    FOLD_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Write ``out`` and ``lse`` of one query tile; see the module's docstring.
+
+    Grid: one program for each (batch, query head, query tile), the tile fastest, so that programs
+    that run together share their keys in L2.
+    """
+    batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
+    queries = first_query + tl.arange(0, BLOCK_M)
+    window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
+    slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
+    dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold) if rng_state is not None else None
+
+    q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, head // group, seqlen_k)
+    v_rows = rows.Rows(v, v_tail, v_strides, batch, head // group, seqlen_k)
+    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = parts.zeros(BLOCK_M, PART0, PART1)
+    visit = tiles.keys_to_visit(window, first_query, BLOCK_M, BLOCK_N)
+    if window_left is not None:
+        for first_key in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES):
+            acc, row_max, row_sum = _attend(
+                q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+                HEAD_DIM, PART0, PART1, BLOCK_N, True,
+            )  # fmt: skip
+    for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
+        acc, row_max, row_sum = _attend(
+            q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+            HEAD_DIM, PART0, PART1, BLOCK_N, False,
+        )  # fmt: skip
+    for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
+        acc, row_max, row_sum = _attend(
+            q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+            HEAD_DIM, PART0, PART1, BLOCK_N, True,
+        )  # fmt: skip
+
+    factor, row_lse = softmax.finish(row_max, row_sum)
+    if dropout is not None:
+        factor *= keep_scale
+    out_rows = rows.Rows(out, None, out_strides, batch, head, seqlen_q)
+    rows.store(out_rows, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
+    lse_start = lse + (batch * nheads + head).to(tl.int64) * seqlen_q
+    rows.store_vector(lse_start, first_query, row_lse, seqlen_q, BLOCK_M)
+
+
+@triton.jit
+def _attend(
+    q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Let the query tile take in the key tile at ``first_key``."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    distances = masks.distance(window, queries[:, None], keys[None, :])
+    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
+    x = scores.logits(score, parts.contract(q_tile, k_tile), distances)
+    if MASKED:
+        x = tl.where(masks.visible(window, distances, keys[None, :]), x, float("-inf"))
+    weights, rescale, row_max, row_sum = softmax.step(x, scores.unit(score), row_max, row_sum, MASKED)
+    if dropout is not None:
+        weights = tl.where(drop.survives(dropout, queries[:, None], keys[None, :]), weights, 0.0)
+    v_tile = rows.load(v_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
+    acc = parts.accumulate(
+        weights.to(v_tile[0].dtype), v_tile, parts.scale_rows(acc, rescale)
+    )
+    return acc, row_max, row_sum

@@ -1,0 +1,51 @@
+"""The attention weights written out, one tile a program."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..language import dropout as drop
+from ..language import masks, parts, rows, scores, softmax
+from ..launch import UNSPECIALIZED
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_probabilities_kernel(
+    q, q_tail, k, k_tail,
+    lse, weights, alibi_slopes, rng_state,
+    q_strides, k_strides, alibi_stride,
+    nheads, group, seqlen_q, seqlen_k, rows_stored, columns_stored, window_left, window_right,
+    softmax_scale, softcap, keep_threshold,
+    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of ``weights`` ``(batch, nheads, rows_stored, columns_stored)``, dropped ones negative."""
+    across = columns_stored // BLOCK_N
+    pid = tl.program_id(0).to(tl.int64)
+    first_key = (pid % across * BLOCK_N).to(tl.int32)
+    down = rows_stored // BLOCK_M
+    first_query = (pid // across % down * BLOCK_M).to(tl.int32)
+    place = (pid // across // down).to(tl.int32)
+    batch, head = place // nheads, place % nheads
+
+    queries = (first_query + tl.arange(0, BLOCK_M))[:, None]
+    keys = (first_key + tl.arange(0, BLOCK_N))[None, :]
+    window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
+    slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
+    q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, head // group, seqlen_k)
+    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    start = (batch * nheads + head).to(tl.int64)
+    row_lse = rows.load_vector(lse + start * seqlen_q, first_query, seqlen_q, BLOCK_M, float("inf"))
+    distances = masks.distance(window, queries, keys)
+    x = scores.logits(score, parts.contract(q_tile, k_tile), distances)
+    seen = masks.visible(window, distances, keys) & (queries < seqlen_q)
+    weight = softmax.weights_of(tl.where(seen, x, float("-inf")), scores.unit(score), row_lse[:, None])
+    if rng_state is not None:
+        dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold)
+        weight = tl.where(drop.survives(dropout, queries, keys) | (seen == 0), weight, -weight)
+    address = weights + (start * rows_stored + queries) * columns_stored + keys
+    tl.store(address, weight.to(weights.dtype.element_ty))

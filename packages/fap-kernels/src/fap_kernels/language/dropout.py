@@ -1,0 +1,55 @@
+"""Which weights survive dropout: Philox keyed on absolute (batch, head, query, key).
+
+The mask does not depend on tile sizes, on the direction of the sweep or on the kernel that asks, so
+the backward pass and other back ends draw it again from the two numbers of ``rng_state``. Generator:
+Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with 7 rounds, the
+fewest that pass BigCrush.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Dropout(NamedTuple):
+    """The random stream of one (batch, head).
+
+    Fields:
+        seed, offset: the two numbers of ``rng_state``.
+        stream: ``batch * nheads + head``.
+        threshold: a weight survives iff its random byte is at most this: ``floor(255 * (1 - p))``.
+    """
+
+    seed: Any
+    offset: Any
+    stream: Any
+    threshold: Any
+
+
+@triton.jit
+def dropout_of(rng_state, batch, head, nheads, threshold):
+    """The random stream of ``(batch, head)``."""
+    return Dropout(tl.load(rng_state), tl.load(rng_state + 1), batch * nheads + head, threshold)
+
+
+@triton.jit
+def survives(dropout, queries, keys):
+    """True where the weight of (query, key) is kept; the positions broadcast to the tile.
+
+    One Philox call gives 16 bytes. They serve the 16 keys of a 64-key stretch that one thread holds
+    in the tensor cores' accumulator layouts (two neighbours in each group of eight), so the compiler
+    finds one call where it would otherwise make 16.
+    """
+    group = keys // 64 * 4 + keys % 8 // 2
+    byte = keys % 64 // 8 * 2 + keys % 2
+    zero = group * 0 + queries * 0
+    w0, w1, w2, w3 = tl.philox(
+        dropout.seed, zero + group, zero + queries, zero + dropout.stream, zero + dropout.offset.to(tl.int32), 7
+    )
+    low = tl.where(byte < 4, w0, w1)
+    high = tl.where(byte < 12, w2, w3)
+    word = tl.where(byte < 8, low, high)
+    return ((word >> (byte % 4 * 8).to(tl.uint32)) & 0xFF) <= dropout.threshold.to(tl.uint32)

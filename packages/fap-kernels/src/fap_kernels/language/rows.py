@@ -1,0 +1,110 @@
+"""Where the rows of one (batch, head) lie in memory, and how a tile of them is fetched."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Rows(NamedTuple):
+    """The rows of one tensor that belong to one batch entry and one head.
+
+    Fields:
+        tensor, tail: with pointers, the tensor and None. With descriptors, one over ``(batch, nheads,
+            seqlen, head_dim)`` for each part of the head dimension.
+        strides: of (batch, seqlen, nheads) in elements; None with descriptors, which know theirs.
+        batch, head: which rows.
+        length: rows at or beyond it do not exist. They load as zeros and are not stored.
+    """
+
+    tensor: Any
+    tail: Any
+    strides: Any
+    batch: Any
+    head: Any
+    length: Any
+
+
+@triton.jit
+def load(rows, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+         BOUNDED: tl.constexpr):  # fmt: skip
+    """Rows ``first .. first + COUNT``, as parts. ``BOUNDED=False`` promises that all of them exist."""
+    if PART1 == 0:
+        return (_load_part(rows, rows.tensor, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),)
+    else:
+        return (
+            _load_part(rows, rows.tensor, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),
+            _load_part(rows, rows.tail, first, COUNT, HEAD_DIM, PART0, PART1, BOUNDED),
+        )
+
+
+@triton.jit
+def _load_part(rows, descriptor, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+               WIDTH: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    if rows.strides is None:
+        # Rows and columns outside the tensor arrive as zeros.
+        return descriptor.load([rows.batch, rows.head, first, START]).reshape([COUNT, WIDTH])
+    else:
+        row = tl.arange(0, COUNT)
+        column = START + tl.arange(0, WIDTH)
+        address = _addresses(rows, first, row, column)
+        if START + WIDTH > HEAD_DIM:
+            if BOUNDED:
+                exists = (first + row < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
+                return tl.load(address, mask=exists, other=0.0)
+            else:
+                return tl.load(address, mask=(column < HEAD_DIM)[None, :], other=0.0)
+        elif BOUNDED:
+            return tl.load(address, mask=(first + row < rows.length)[:, None], other=0.0)
+        else:
+            return tl.load(address)
+
+
+@triton.jit
+def store(rows, first, tile, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr,
+          PART1: tl.constexpr):  # fmt: skip
+    """Store a tile of parts to the rows ``first .. first + COUNT`` that exist. Pointers only."""
+    _store_part(rows, first, tile[0], COUNT, HEAD_DIM, 0, PART0)
+    if PART1 > 0:
+        _store_part(rows, first, tile[1], COUNT, HEAD_DIM, PART0, PART1)
+
+
+@triton.jit
+def _store_part(rows, first, part, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
+    row = tl.arange(0, COUNT)
+    column = START + tl.arange(0, WIDTH)
+    address = _addresses(rows, first, row, column)
+    exists = (first + row < rows.length)[:, None]
+    if START + WIDTH > HEAD_DIM:
+        exists = exists & (column < HEAD_DIM)[None, :]
+    tl.store(address, part.to(rows.tensor.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _addresses(rows, first, row, column):
+    # In 64 bits throughout: a tensor may hold more than 2**31 elements, and in a sequence-major layout
+    # one row is batch * nheads * head_dim elements long.
+    stride = tl.cast(rows.strides[1], tl.int64)
+    corner = (
+        rows.batch * tl.cast(rows.strides[0], tl.int64)
+        + rows.head * tl.cast(rows.strides[2], tl.int64)
+        + first * stride
+    )
+    return rows.tensor + corner + row[:, None] * stride + column[None, :]
+
+
+@triton.jit
+def load_vector(start, first, length, COUNT: tl.constexpr, other: tl.constexpr):
+    """``COUNT`` float32 numbers, one a row, from a contiguous vector; ``other`` beyond ``length``."""
+    row = first + tl.arange(0, COUNT)
+    return tl.load(start + row, mask=row < length, other=other)
+
+
+@triton.jit
+def store_vector(start, first, values, length, COUNT: tl.constexpr):
+    """The counterpart of :func:`load_vector`."""
+    row = first + tl.arange(0, COUNT)
+    tl.store(start + row, values, mask=row < length)

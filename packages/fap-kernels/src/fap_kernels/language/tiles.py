@@ -1,0 +1,83 @@
+"""Which tiles a tile must visit, and which of those need no mask: for forward and backward alike."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Visit(NamedTuple):
+    """Positions to sweep: ``[start, inner)`` masked, ``[inner, outer)`` not, ``[outer, end)`` masked."""
+
+    start: Any
+    inner: Any
+    outer: Any
+    end: Any
+
+
+@triton.jit
+def place(nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """This program's batch entry, head and first row, on a grid with the tile as fastest index.
+
+    ``LAST_FIRST`` starts with the sequence's end: under causal attention those query tiles have the
+    most work, and the short ones fill the gaps at the end of the launch.
+    """
+    pid = tl.program_id(0)
+    count = tl.cdiv(length, BLOCK)
+    tile = pid % count
+    if LAST_FIRST:
+        tile = count - 1 - tile
+    pid = pid // count
+    return pid // nheads, pid % nheads, tile * BLOCK
+
+
+@triton.jit
+def keys_to_visit(window, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The key positions that the query tile at ``first_query`` sees, in steps of ``BLOCK_N``."""
+    last_query = tl.minimum(first_query + BLOCK_M, window.seqlen_q) - 1
+    return _visit(
+        first_query + window.diagonal, last_query + window.diagonal, window.left, window.right, window.seqlen_k,
+        BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def queries_to_visit(window, first_key, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The query positions that see the key tile at ``first_key``, in steps of ``BLOCK_M``.
+
+    The mirror image of :func:`keys_to_visit`: a key is seen by ``right`` queries before it and
+    ``left`` after it. The sequence's end needs no mask here: a query that does not exist reads an LSE
+    of +inf, which makes its weights 0. So without ``left`` nothing is left to do after ``outer``.
+    """
+    last_key = tl.minimum(first_key + BLOCK_N, window.seqlen_k) - 1
+    visit = _visit(
+        first_key - window.diagonal, last_key - window.diagonal, window.right, window.left, window.seqlen_q,
+        BLOCK_M,
+    )  # fmt: skip
+    if window.left is None:
+        return Visit(visit.start, visit.inner, visit.end, visit.end)
+    else:
+        return visit
+
+
+@triton.jit
+def _visit(first, last, before, after, length, STEP: tl.constexpr):
+    """Steps that meet ``[p - before, p + after]`` for some p in ``first .. last``, inside ``[0, length)``.
+
+    A step is unmasked if it lies inside that span for every p, and wholly below ``length``.
+    """
+    end = length
+    outer = length
+    if after is not None:
+        end = tl.minimum(length, last + after + 1)
+        outer = tl.minimum(length, first + after + 1)
+    start = 0
+    inner = 0
+    if before is not None:
+        start = tl.maximum(first - before, 0) // STEP * STEP
+        inner = tl.cdiv(tl.maximum(last - before, 0), STEP) * STEP
+        inner = tl.minimum(inner, tl.cdiv(tl.maximum(end, 0), STEP) * STEP)
+    outer = tl.maximum(tl.maximum(outer, 0) // STEP * STEP, inner)
+    return Visit(start, inner, outer, end)

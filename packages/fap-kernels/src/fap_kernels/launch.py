@@ -1,0 +1,161 @@
+"""From checked tensors to a kernel launch: what the kernels of this package have in common as arguments.
+
+A launch is a value. Running it is the last step, so that tests can compile what would run, for a GPU
+that is not there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .problem import AttentionProblem
+    from .target import Target
+
+__all__ = [
+    "UNSPECIALIZED",
+    "Launch",
+    "descriptors_fit",
+    "option_arguments",
+    "part_arguments",
+    "row_arguments",
+    "split_head_dim",
+    "strides_of",
+]
+
+UNSPECIALIZED = (
+    "nheads",
+    "nheads_k",
+    "group",
+    "seqlen_q",
+    "seqlen_k",
+    "rows_stored",
+    "columns_stored",
+    "window_left",
+    "window_right",
+    "alibi_stride",
+    "keep_threshold",
+)
+"""Numbers whose value must never make Triton compile again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch that has not happened yet.
+
+    Attributes:
+        kernel: a ``@triton.jit`` function.
+        programs: size of the one-dimensional grid; 0 means that there is nothing to do.
+        arguments: the kernel's arguments by name, constexprs included.
+        num_warps: warps of one program.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    num_warps: int
+
+    def run(self, device: torch.device) -> None:
+        """Launch on the current stream of ``device``."""
+        if self.programs == 0:
+            return
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+        else:
+            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """The power-of-two parts that hold a head dimension; the second is 0 where one part does.
+
+    A part is at least 16, the least that tensor cores multiply. Of the sums of two parts the smallest
+    that holds ``head_dim`` is taken: 40 = 32 + 8 is held as 32 + 16, 96 as 64 + 32, 111 as 128.
+    """
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    head = whole // 2
+    tail = 16
+    while head + tail < head_dim:
+        tail *= 2
+    return (head, tail) if head >= 16 and head + tail < whole else (whole, 0)
+
+
+def part_arguments(head_dim: int) -> dict[str, int]:
+    """The constexprs that describe the head dimension."""
+    part0, part1 = split_head_dim(head_dim)
+    return {"HEAD_DIM": head_dim, "PART0": part0, "PART1": part1}
+
+
+def strides_of(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of (batch, seqlen, nheads) in elements."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def descriptors_fit(target: Target, *tensors: torch.Tensor) -> bool:
+    """Whether the TMA unit can fetch tiles of all these ``(batch, seqlen, nheads, head_dim)`` tensors.
+
+    It needs 16-byte aligned addresses and strides, and no empty or repeated (stride 0) dimension.
+    """
+    return target.descriptors and all(_descriptor_fits(x) for x in tensors)
+
+
+def _descriptor_fits(x: torch.Tensor) -> bool:
+    size = x.element_size()
+    return (
+        x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(
+            count == 1 or (stride > 0 and stride * size % 16 == 0)
+            for count, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        )
+    )
+
+
+def row_arguments(name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool) -> dict[str, Any]:
+    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``: ``name``, its tail, its strides."""
+    if not use_descriptors:
+        return {name: x, f"{name}_tail": None, f"{name}_strides": strides_of(x)}
+    tail = _descriptor(x, rows, parts[1]) if parts[1] else None
+    return {name: _descriptor(x, rows, parts[0]), f"{name}_tail": tail, f"{name}_strides": None}
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, seqlen, nheads, head_dim = x.shape
+    aligned = 16 // x.element_size()
+    stride_b, stride_s, stride_h = (
+        stride if count > 1 else aligned for count, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
+    # The tile's two sides come last, so that loading a tile drops the leading dimensions for free.
+    return TensorDescriptor(
+        x, [batch, nheads, seqlen, head_dim], [stride_b, stride_h, stride_s, 1], [1, 1, rows, columns]
+    )
+
+
+def option_arguments(
+    problem: AttentionProblem, alibi_slopes: torch.Tensor | None, rng_state: torch.Tensor | None
+) -> dict[str, Any]:
+    """The arguments by which a kernel knows the call's options; what is off is None."""
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
+    dropout = problem.dropout_p > 0.0
+    return {
+        "alibi_slopes": alibi_slopes,
+        "alibi_stride": problem.nheads if problem.alibi == "batch_head" else 0,
+        "rng_state": rng_state if dropout else None,
+        "keep_threshold": math.floor(255 * (1.0 - problem.dropout_p)) if dropout else None,
+        "keep_scale": 1.0 / (1.0 - problem.dropout_p) if dropout else None,
+        "group": problem.nheads // problem.nheads_k,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "window_left": problem.window_left if problem.window_left >= 0 else None,
+        "window_right": problem.window_right if problem.window_right >= 0 else None,
+        "softmax_scale": problem.softmax_scale,
+        "softcap": problem.softcap or None,
+        "FOLD_SCALE": problem.softcap == 0.0 and problem.alibi is None and problem.softmax_scale > 0.0,
+    }

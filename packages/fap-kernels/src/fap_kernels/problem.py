@@ -1,0 +1,236 @@
+"""One attention call, described once: checked, canonical, frozen.
+
+Every layer speaks of a call through :class:`AttentionProblem`. Building one is the only place where
+the tensors of a call are checked, so a user of this package alone meets the same messages as a user
+of the functional API, and a back end may take every invariant below for granted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["MAX_HEAD_DIM", "AttentionProblem", "normalize_window"]
+
+MAX_HEAD_DIM = 256
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionProblem:
+    """What one dense attention call asks for, without its data.
+
+    Attributes:
+        batch, seqlen_q, seqlen_k, nheads, nheads_k, head_dim: sizes of q ``(batch, seqlen_q, nheads,
+            head_dim)`` and of k and v ``(batch, seqlen_k, nheads_k, head_dim)``. Sequence lengths and
+            batch may be 0; ``nheads`` is a multiple of ``nheads_k``.
+        dtype, device: of q, k and v alike.
+        softmax_scale: factor on ``q @ k^T``; already resolved to a number.
+        window_left, window_right: key j is visible to query i iff
+            ``i + seqlen_k - seqlen_q - window_left <= j <= i + seqlen_k - seqlen_q + window_right``;
+            -1 means no bound on that side. ``causal`` is folded in: it makes ``window_right`` 0.
+        causal: as the caller said it, for back ends whose interface has no window.
+        softcap: 0.0 for none, else the bound c of ``c * tanh(score / c)``.
+        alibi: None, ``"head"`` for slopes ``(nheads,)`` or ``"batch_head"`` for ``(batch, nheads)``.
+        dropout_p: probability of dropping a weight, in [0, 1).
+        deterministic: gradients must be bitwise equal on every run.
+        needs_grad: a backward pass may follow this call.
+        return_attn_probs: ``softmax_lse`` and, with dropout, the probabilities are handed to the caller.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    nheads: int
+    nheads_k: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    causal: bool
+    softcap: float
+    alibi: str | None
+    dropout_p: float
+    deterministic: bool
+    needs_grad: bool
+    return_attn_probs: bool = False
+
+    @classmethod
+    def describe(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: Sequence[int] | torch.Tensor = (-1, -1),
+        softcap: float = 0.0,
+        alibi_slopes: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        deterministic: bool = False,
+        needs_grad: bool = False,
+        return_attn_probs: bool = False,
+    ) -> AttentionProblem:
+        """Check the tensors and options of one call and return its description.
+
+        Args:
+            q: ``(batch, seqlen_q, nheads, head_dim)``.
+            k, v: ``(batch, seqlen_k, nheads_k, head_dim)``, in q's dtype and on q's device.
+            softmax_scale: None stands for ``1 / sqrt(head_dim)``.
+            window_size: ``(left, right)``, any sequence or tensor of two integers; -1 is no bound.
+            alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)`` on q's device.
+
+        Raises:
+            RuntimeError: shapes, dtypes or devices that do not fit together, or are not supported.
+            ValueError: an option outside its range.
+            TypeError: an argument of the wrong type.
+        """
+        _check_tensors(q, k, v)
+        batch, seqlen_q, nheads, head_dim = q.shape
+        seqlen_k, nheads_k = k.shape[1], k.shape[2]
+        left, right = normalize_window(window_size, causal)
+        return cls(
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            nheads=nheads,
+            nheads_k=nheads_k,
+            head_dim=head_dim,
+            dtype=q.dtype,
+            device=q.device,
+            softmax_scale=_check_scale(softmax_scale, head_dim),
+            window_left=left,
+            window_right=right,
+            causal=bool(causal),
+            softcap=_check_softcap(softcap),
+            alibi=_check_alibi(alibi_slopes, q),
+            dropout_p=_check_dropout(dropout_p),
+            deterministic=bool(deterministic),
+            needs_grad=bool(needs_grad),
+            return_attn_probs=bool(return_attn_probs),
+        )
+
+
+def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) -> tuple[int, int]:
+    """Return ``(left, right)`` as plain ints with causal folded in and every negative bound as -1."""
+    if isinstance(window_size, torch.Tensor):
+        window_size = window_size.tolist()
+    if isinstance(window_size, (str, bytes)) or not hasattr(window_size, "__len__"):
+        raise TypeError(
+            "window_size must be two integers (left, right), "
+            f"got {type(window_size).__name__}: {window_size!r}"
+        )
+    if len(window_size) != 2:
+        raise ValueError(
+            f"window_size must be two integers (left, right), got {len(window_size)}: {window_size!r}"
+        )
+    left, right = (_as_int(bound, window_size) for bound in window_size)
+    if causal:
+        right = 0
+    return max(left, -1), max(right, -1)
+
+
+def _as_int(value: Any, window_size: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"window_size must be two integers (left, right), got {window_size!r}")
+    return int(value)
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise RuntimeError(
+                f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got shape {tuple(x.shape)}"
+            )
+    if q.dtype not in SUPPORTED_DTYPES:
+        raise RuntimeError(
+            "FlashAttention only support fp16 and bf16 data type (float32 and float64 here too, where the "
+            f"back end has them), got q of {q.dtype}"
+        )
+    batch, _, nheads, head_dim = q.shape
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise RuntimeError(
+            f"FlashAttention only supports head dimension at most {MAX_HEAD_DIM} and at least 1, "
+            f"got q with head dimension {head_dim}"
+        )
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise RuntimeError(
+                f"q, k and v must have the same dtype, got q of {q.dtype} and {name} of {x.dtype}"
+            )
+        if x.device != q.device:
+            raise RuntimeError(
+                f"q, k and v must be on the same device, got q on {q.device} and {name} on {x.device}"
+            )
+        if x.shape[0] != batch:
+            raise RuntimeError(f"{name} must have q's batch size {batch}, got {x.shape[0]}")
+        if x.shape[3] != head_dim:
+            raise RuntimeError(f"{name} must have q's head dimension {head_dim}, got {x.shape[3]}")
+    if k.shape != v.shape:
+        raise RuntimeError(f"k and v must have the same shape, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    nheads_k = k.shape[2]
+    if nheads < 1 or nheads_k < 1 or nheads % nheads_k != 0:
+        raise RuntimeError(
+            "Number of heads in key/value must divide number of heads in query, "
+            f"got {nheads_k} heads in k and v and {nheads} heads in q"
+        )
+
+
+def _check_scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    scale = _as_float("softmax_scale", softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return scale
+
+
+def _check_softcap(softcap: float) -> float:
+    value = _as_float("softcap", softcap)
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"softcap must be finite and at least 0.0 (0.0 is off), got {value}")
+    return value
+
+
+def _check_dropout(dropout_p: float) -> float:
+    value = _as_float("dropout_p", dropout_p)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {value}")
+    return value
+
+
+def _as_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    return float(value)
+
+
+def _check_alibi(alibi_slopes: torch.Tensor | None, q: torch.Tensor) -> str | None:
+    if alibi_slopes is None:
+        return None
+    if not isinstance(alibi_slopes, torch.Tensor):
+        raise TypeError(f"alibi_slopes must be a torch.Tensor or None, got {type(alibi_slopes).__name__}")
+    if alibi_slopes.dtype != torch.float32:
+        raise RuntimeError(f"alibi_slopes must have dtype torch.float32, got {alibi_slopes.dtype}")
+    if alibi_slopes.device != q.device:
+        raise RuntimeError(f"alibi_slopes must be on q's device {q.device}, got {alibi_slopes.device}")
+    batch, _, nheads, _ = q.shape
+    if tuple(alibi_slopes.shape) == (nheads,):
+        return "head"
+    if tuple(alibi_slopes.shape) == (batch, nheads):
+        return "batch_head"
+    raise RuntimeError(
+        f"alibi_slopes must have shape (nheads,) = ({nheads},) or (batch, nheads) = ({batch}, {nheads}), "
+        f"got {tuple(alibi_slopes.shape)}"
+    )

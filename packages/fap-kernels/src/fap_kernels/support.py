@@ -1,0 +1,66 @@
+"""What these kernels run, and what they do not: told before anything is launched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .problem import AttentionProblem
+
+__all__ = ["require_supported", "unsupported_reasons"]
+
+
+def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    """Every reason why the Triton kernels cannot run ``problem``; an empty list says that they can.
+
+    Triton is imported only where the answer depends on it.
+    """
+    reasons = []
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype must be float16, bfloat16 or float32, got {problem.dtype}")
+    if importlib.util.find_spec("triton") is None:
+        return [*reasons, "Triton is not installed: pip install triton"]
+    if problem.device.type == "cuda":
+        reasons += _device_reasons(problem.device)
+    elif problem.device.type == "cpu" and _interpreter_requested():
+        reasons += _interpreter_reasons(problem)
+    else:
+        reasons.append(
+            f"tensors must be on a CUDA or ROCm device, got {problem.device} "
+            "(on the CPU the kernels run in Triton's interpreter if TRITON_INTERPRET=1 is set before they are imported)"
+        )
+    return reasons
+
+
+def require_supported(problem: AttentionProblem) -> None:
+    """Raise a RuntimeError with every reason if the kernels cannot run ``problem``."""
+    reasons = unsupported_reasons(problem)
+    if reasons:
+        raise RuntimeError("fap-kernels cannot run this call: " + "; ".join(reasons))
+
+
+def _device_reasons(device: torch.device) -> list[str]:
+    if torch.version.hip is not None:
+        return []
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return []
+    return [f"NVIDIA GPUs must have compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"]
+
+
+def _interpreter_requested() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
+
+
+def _interpreter_reasons(problem: AttentionProblem) -> list[str]:
+    from .target import interpreting
+
+    if not interpreting():
+        return ["TRITON_INTERPRET=1 was set after the kernels were imported; set it before"]
+    if problem.dtype == torch.bfloat16:
+        return ["Triton's interpreter computes bfloat16 wrongly; use float32 or float16 on the CPU"]
+    return []

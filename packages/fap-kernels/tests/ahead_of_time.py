@@ -1,0 +1,93 @@
+"""Compile a planned launch for a GPU that is not there, and read what it costs from the assembler."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fap_kernels.launch import UNSPECIALIZED, Launch
+
+GPU_TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPE_NAMES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel needs: bytes of shared memory, registers and spilled bytes a thread."""
+
+    shared: int
+    registers: int
+    spills: int
+    assembly: str
+    warnings: tuple[str, ...]
+
+
+def compile_launch(launch: Launch, chip: str) -> Compiled:
+    """Compile ``launch`` for ``chip`` as Triton's launcher would, specialisations included."""
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = _describe(
+            value, (index,), parameter.is_constexpr, parameter.name in UNSPECIALIZED, constexprs, attributes
+        )
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPU_TARGETS[chip], options={"num_warps": launch.num_warps})
+    registers, spills, warnings = _resources(compiled, chip)
+    assembly = compiled.asm["amdgcn"] if chip.startswith("gfx") else compiled.asm["ptx"]
+    return Compiled(compiled.metadata.shared, registers, spills, assembly, warnings)
+
+
+def _describe(value, path, is_constexpr, unspecialized, constexprs, attributes):
+    if isinstance(value, tuple):
+        return tuple(_describe(x, (*path, i), False, unspecialized, constexprs, attributes) for i, x in enumerate(value))
+    if is_constexpr or value is None or (not unspecialized and type(value) is int and value == 1):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        if value.data_ptr() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "*" + TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int):
+        if not unspecialized and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+
+
+def _resources(compiled, chip) -> tuple[int, int, tuple[str, ...]]:
+    if chip.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        return registers, 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]), ()
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas = tools / "ptxas-blackwell" if chip == "sm_100" and (tools / "ptxas-blackwell").exists() else tools / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        name = chip + ("" if chip == "sm_80" else "a")
+        report = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={name}", ptx, "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    return int(re.search(r"Used (\d+) registers", report)[1]), spills, tuple(re.findall(r"\(C7\d+\)[^\n]*", report))

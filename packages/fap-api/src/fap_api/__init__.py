@@ -1,0 +1,15 @@
+"""Exact attention behind the flash-attn functions: autograd, torch.compile and exchangeable back ends."""
+
+from fap_api._explain import Explanation, explain
+from fap_api.attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from fap_api.backends.select import available_backends, use_backend
+
+__all__ = [
+    "Explanation",
+    "available_backends",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "use_backend",
+]

@@ -1,0 +1,155 @@
+"""From a user's arguments to the operator: autocast, checks, the choice of a back end, and their memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from fap_api import _ops
+from fap_api.backends import select
+from fap_kernels.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Options", "attention", "describe"]
+
+
+class Options(NamedTuple):
+    """The options of one dense attention call as given to :func:`fap_api.flash_attn_func`."""
+
+    dropout_p: float
+    softmax_scale: float | None
+    causal: bool
+    window_size: Sequence[int] | torch.Tensor
+    softcap: float
+    alibi_slopes: torch.Tensor | None
+    deterministic: bool
+    return_attn_probs: bool
+
+
+class _Plan(NamedTuple):
+    """The operator's options after ``alibi_slopes``, in its order."""
+
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+    deterministic: bool
+    backend: str
+
+
+# Plans by everything that the checks and the choice depend on, so that a repeated call is checked once.
+_plans: dict[tuple[object, ...], _Plan] = {}
+_MOST_PLANS = 4096
+# Only these compare by value and never change; bool is left out, since True would find the plan of 1.
+_PLAIN = frozenset((int, float, type(None)))
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run one dense attention call; results as for :func:`fap_api.flash_attn_func`."""
+    q, k, v = _autocast(q, k, v)
+    plan = _plan(q, k, v, options)
+    slopes = options.alibi_slopes
+    out, softmax_lse, rng_state = _ops.attention_forward(q, k, v, slopes, *plan)
+    if not options.return_attn_probs:
+        return out  # type: ignore[no-any-return]
+    if not plan.dropout_p:
+        return out, softmax_lse, torch.empty(0, dtype=q.dtype, device=q.device)
+    # S_dmask has no gradient, as in flash-attn.
+    tensors = q.detach(), k.detach(), softmax_lse.detach(), rng_state, slopes
+    s_dmask = _ops.attention_probabilities(*tensors, *plan[:5], plan.backend)
+    return out, softmax_lse, s_dmask
+
+
+def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> AttentionProblem:
+    """Check one call as it would run now, autocast and gradient mode included, and describe it."""
+    return _describe(*_autocast(q, k, v), options)
+
+
+def _describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> AttentionProblem:
+    slopes = options.alibi_slopes
+    problem = AttentionProblem.describe(
+        q,
+        k,
+        v,
+        softmax_scale=options.softmax_scale,
+        causal=options.causal,
+        window_size=options.window_size,
+        softcap=options.softcap,
+        alibi_slopes=slopes,
+        dropout_p=options.dropout_p,
+        deterministic=options.deterministic,
+        needs_grad=_needs_grad(q, k, v),
+        return_attn_probs=options.return_attn_probs,
+    )
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "alibi_slopes must not require a gradient, since attention computes none for them, "
+            "got requires_grad=True; accepted: alibi_slopes.detach()"
+        )
+    return problem
+
+
+def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> _Plan:
+    if torch.compiler.is_compiling():
+        return _new_plan(q, k, v, options)
+    p, scale, causal, window, softcap, slopes, deterministic, return_attn_probs = options
+    if type(window) is not tuple or not _PLAIN.issuperset(map(type, (p, scale, softcap, *window))):
+        return _new_plan(q, k, v, options)
+    try:
+        key = (
+            (q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
+            (p, scale, bool(causal), window, softcap, bool(deterministic), bool(return_attn_probs)),
+            slopes if slopes is None else (slopes.shape, slopes.dtype, slopes.device, slopes.requires_grad),
+            (torch.is_grad_enabled(), q.requires_grad or k.requires_grad or v.requires_grad),
+            (select.explicit_choice(), os.environ.get(select.ENVIRONMENT)),
+        )
+        plan = _plans.get(key)
+    except (AttributeError, TypeError):
+        # A symbolic size, or something that is no tensor at all.
+        return _new_plan(q, k, v, options)
+    if plan is None:
+        plan = _new_plan(q, k, v, options)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _new_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> _Plan:
+    problem = _describe(q, k, v, options)
+    return _Plan(
+        problem.softmax_scale,
+        problem.window_left,
+        problem.window_right,
+        problem.softcap,
+        problem.dropout_p,
+        problem.deterministic,
+        select.choose(problem),
+    )
+
+
+def _needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _autocast(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cast q, k and v to autocast's dtype where it is on; float64 stays, as in PyTorch's own operators."""
+    if not isinstance(q, torch.Tensor) or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(dtype)

@@ -1,0 +1,24 @@
+"""Checks on arguments that only the functional API has; the rest is ``AttentionProblem.describe``."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["split_packed"]
+
+
+def split_packed(name: str, packed: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    """Return the parts of a packed tensor ``(batch, seqlen, parts, nheads, headdim)`` as views.
+
+    Raises:
+        TypeError: not a tensor.
+        RuntimeError: another shape.
+    """
+    if not isinstance(packed, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
+    if packed.dim() != 5 or packed.shape[2] != parts:
+        raise RuntimeError(
+            f"{name} must have shape (batch, seqlen, {parts}, nheads, headdim), got {tuple(packed.shape)}"
+        )
+    # unbind's backward is one stack; indexing part by part would fill a whole zero tensor for each.
+    return packed.unbind(2)

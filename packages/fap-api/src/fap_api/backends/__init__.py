@@ -1,0 +1,1 @@
+"""Back ends of the functional API, each calling one implementation of attention."""

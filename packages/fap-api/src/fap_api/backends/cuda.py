@@ -1,0 +1,155 @@
+"""The original flash-attn package as a back end: its CUDA kernels, forward and backward."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from fap_api.backends._support import importable, padded_head_dim, unit_last_stride
+
+if TYPE_CHECKING:
+    from fap_api.backends.base import Score
+    from fap_kernels.problem import AttentionProblem
+
+__all__ = ["CudaBackend"]
+
+
+class CudaBackend:
+    """Calls ``flash_attn.flash_attn_interface._flash_attn_forward`` and ``_backward``, as of flash-attn 2.8.
+
+    Where that package deviates from its documentation, the deviation is corrected here if that is exact, and
+    a reason not to run otherwise.
+    """
+
+    name = "cuda"
+
+    def available(self) -> list[str]:
+        """Return why flash-attn cannot run here: not installed, or its extension does not load."""
+        missing = self.missing_package()
+        if missing is not None:
+            return [missing]
+        try:
+            _interface()
+        except Exception as error:  # noqa: BLE001 - a broken binary extension raises ImportError, OSError or worse
+            return [f"flash_attn is installed, but importing it failed: {type(error).__name__}: {error}"]
+        return []
+
+    def missing_package(self) -> str | None:
+        """Return how to install flash-attn where it is missing."""
+        if importable("flash_attn"):
+            return None
+        return "the package flash_attn is not installed (pip install 'fap-api[cuda]' --no-build-isolation)"
+
+    def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Return what flash-attn lacks for ``problem``."""
+        seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+        left, right = problem.window_left, problem.window_right
+        # It takes a right bound of seqlen_k or more for none, and none beside a left bound for seqlen_k.
+        clamped = seqlen_k <= right < seqlen_q - 1 or (left >= 0 and right < 0 and seqlen_k < seqlen_q - 1)
+        reasons = []
+        if problem.device.type != "cuda":
+            reasons.append(f"it runs on CUDA tensors, got tensors on {problem.device}")
+        if problem.dtype not in (torch.float16, torch.bfloat16):
+            reasons.append(f"it has float16 and bfloat16 only, got {problem.dtype}")
+        if problem.batch == 0 or seqlen_q == 0:
+            reasons.append(f"it has no empty calls, got batch {problem.batch} and seqlen_q {seqlen_q}")
+        if clamped:
+            reasons.append(
+                f"it changes window_size ({left}, {right}) where seqlen_q > seqlen_k + 1, "
+                f"got seqlen_q {seqlen_q} and seqlen_k {seqlen_k}"
+            )
+        if problem.softcap > 0.0 and problem.dropout_p > 0.0:
+            reasons.append(f"it has no softcap with dropout, got {problem.softcap} and {problem.dropout_p}")
+        if problem.return_attn_probs and problem.needs_grad:
+            reasons.append("its gradient of softmax_lse is zero, and return_attn_probs hands softmax_lse out")
+        if problem.return_attn_probs and problem.dropout_p > 0.0:
+            reasons.append("its S_dmask is not normalised, and return_attn_probs with dropout hands it out")
+        return reasons
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run flash-attn's forward; the LSE under causal ALiBi is shifted to the true one."""
+        head_dim = q.shape[3]
+        held = -(-head_dim // 8) * 8
+        out, lse, _, rng_state = _interface()._flash_attn_forward(
+            *(padded_head_dim(x, held) for x in (q, k, v)), *_options(score), return_softmax=False
+        )
+        shift = _alibi_shift(score, q, k)
+        if shift is not None:
+            lse = lse - shift
+        return out[..., :head_dim].contiguous(), lse, rng_state if score.dropout_p else None
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        score: Score,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run flash-attn's backward, which has no gradient of the LSE."""
+        if dlse is not None:
+            raise RuntimeError(
+                "softmax_lse was differentiated on the back end 'cuda', accepted: gradients of out only "
+                "(flash-attn's gradient of softmax_lse is zero)"
+            )
+        head_dim = q.shape[3]
+        shift = _alibi_shift(score, q, k)
+        if shift is not None:
+            softmax_lse = softmax_lse + shift
+        held = -(-head_dim // 8) * 8
+        dout, q, k, v, out = (padded_head_dim(x, held) for x in (dout, q, k, v, out))
+        gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        _interface()._flash_attn_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            *gradients,
+            *_options(score),
+            deterministic=deterministic,
+            rng_state=rng_state,
+        )
+        dq, dk, dv = (dx[..., :head_dim].contiguous() for dx in gradients)
+        return dq, dk, dv
+
+    def probabilities(self, *_: object) -> NoReturn:
+        """Refuse: ``unsupported_reasons`` keeps every such call away."""
+        raise NotImplementedError(
+            "flash-attn's S_dmask is not normalised, accepted: calls that do not ask for it"
+        )
+
+
+def _interface() -> Any:
+    return importlib.import_module("flash_attn.flash_attn_interface")
+
+
+def _options(score: Score) -> tuple[float, float, bool, int, int, float, torch.Tensor | None]:
+    """Return the options that flash-attn's forward and backward share, in their order."""
+    causal = (score.window_left, score.window_right) == (-1, 0)
+    slopes = None if score.alibi_slopes is None else unit_last_stride(score.alibi_slopes)
+    window = score.window_left, score.window_right
+    return (score.dropout_p, score.softmax_scale, causal, *window, score.softcap, slopes)
+
+
+def _alibi_shift(score: Score, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """Return by how much flash-attn's LSE is off: under causal ALiBi it adds ``slope * j`` alone.
+
+    The true bias of a visible key is ``-slope * (i + seqlen_k - seqlen_q - j)``.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    causal = score.window_right == 0 and (score.window_left < 0 or score.window_left >= seqlen_k)
+    if score.alibi_slopes is None or not causal:
+        return None
+    diagonal = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device, dtype=torch.float32)
+    return score.alibi_slopes.expand(q.shape[0], q.shape[2])[..., None] * diagonal

@@ -1,0 +1,163 @@
+"""Exact attention in plain PyTorch, on any device, in chunks: never the whole score matrix at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fap_api.backends._chunks import ChunkedCall, Tile, grouped, ungrouped
+from fap_api.backends._dropout import draw_rng_state
+
+if TYPE_CHECKING:
+    from fap_api.backends.base import Score
+    from fap_kernels.problem import AttentionProblem
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend:
+    """Online softmax over tiles; float16 and bfloat16 compute in float32, float64 in float64.
+
+    Formulas: Dao, "FlashAttention-2", 2023, algorithms 1 and 2. With a gradient of the LSE, delta becomes
+    ``rowsum(dout * out) - dlse``, since the LSE's derivative by a score is that score's probability.
+    """
+
+    name = "torch"
+
+    def available(self) -> list[str]:
+        """Return nothing: PyTorch is always here."""
+        return []
+
+    def missing_package(self) -> str | None:
+        """Return None: PyTorch is always here."""
+        return None
+
+    def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:  # noqa: ARG002
+        """Return nothing: every checked call runs here."""
+        return []
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return ``out``, ``softmax_lse`` and, with dropout, ``rng_state``."""
+        call = ChunkedCall(q, k, score)
+        rng_state = draw_rng_state(q.device) if score.dropout_p else None
+        value = grouped(v, v.shape[2], call.dtype)[:, 0]
+        out = torch.empty_like(call.q)
+        lse = call.q.new_empty(call.q.shape[:3])
+        for heads, queries in call.row_blocks():
+            block = _forward_rows(call, value, heads, queries, rng_state)
+            out[heads, :, queries], lse[heads, :, queries] = block
+        return ungrouped(out, q), lse.view(q.shape[0], q.shape[2], q.shape[1]), rng_state
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        score: Score,
+        deterministic: bool,  # noqa: ARG002 - every run is bitwise equal as it is
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ``dq``, ``dk`` and ``dv``."""
+        call = ChunkedCall(q, k, score)
+        value, dout = grouped(v, v.shape[2], call.dtype)[:, 0], grouped(dout, k.shape[2], call.dtype)
+        lse = softmax_lse.reshape(call.q.shape[:3])
+        delta = (dout * grouped(out, k.shape[2], call.dtype)).sum(dim=-1)
+        if dlse is not None:
+            delta -= dlse.reshape(delta.shape)
+        # A row without keys has no gradient, whatever dlse says.
+        delta.masked_fill_(lse == torch.inf, 0.0)
+
+        dq, dk, dv = (torch.zeros_like(x) for x in (call.q, call.k, value))
+        for heads, queries in call.row_blocks():
+            for tile in call.tiles(heads, queries):
+                _backward_tile(call, tile, value, dout, lse, delta, rng_state, (dq, dk, dv))
+        return ungrouped(dq.mul_(call.q_factor), q), ungrouped(dk, k), ungrouped(dv, v)
+
+    def probabilities(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        rng_state: torch.Tensor,
+        score: Score,
+    ) -> torch.Tensor:
+        """Return ``S_dmask``: the probabilities before dropout, negative where dropped."""
+        call = ChunkedCall(q, k, score)
+        lse = softmax_lse.reshape(call.q.shape[:3])
+        padded = (-(-seqlen // 128) * 128 for seqlen in (call.seqlen_q, call.seqlen_k))
+        result = q.new_zeros((call.heads, call.group, *padded))
+        for heads, queries in call.row_blocks():
+            for tile in call.tiles(heads, queries):
+                scores, _ = call.scores(tile)
+                hidden = scores == -torch.inf
+                p = scores.sub_(lse[heads, :, queries, None]).exp_()
+                signed = torch.where(call.keep(tile, rng_state) | hidden, p, -p)
+                result[heads, :, queries, tile.keys] = signed.to(q.dtype)
+        return result.view(q.shape[0], q.shape[2], *result.shape[2:])
+
+
+def _forward_rows(
+    call: ChunkedCall, value: torch.Tensor, heads: slice, queries: slice, rng_state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out ``(heads, group, queries, d)`` and LSE ``(heads, group, queries)`` of one row block."""
+    shape = (heads.stop - heads.start, call.group, queries.stop - queries.start)
+    row_max = call.q.new_full(shape, -torch.inf)
+    row_sum = call.q.new_zeros(shape)
+    out = call.q.new_zeros((*shape, value.shape[-1]))
+    for tile in call.tiles(heads, queries):
+        scores, _ = call.scores(tile)
+        new_max = torch.maximum(row_max, scores.amax(dim=-1))
+        # Rows that have met no key yet subtract 0 rather than -inf, whose difference would be nan.
+        base = new_max.masked_fill(new_max == -torch.inf, 0.0)
+        p = scores.sub_(base[..., None]).exp_()
+        shrink = (row_max - base).exp_()
+        row_sum = row_sum * shrink + p.sum(dim=-1)
+        if rng_state is not None:
+            p.masked_fill_(~call.keep(tile, rng_state), 0.0)
+        step = torch.bmm(p.flatten(1, 2), value[tile.heads, tile.keys]).view_as(out)
+        out = torch.addcmul(step, out, shrink[..., None])
+        row_max = new_max
+    empty = row_max == -torch.inf
+    scale = (1.0 / (1.0 - call.score.dropout_p)) / row_sum.masked_fill(empty, 1.0)
+    lse = (row_max + row_sum.log()).masked_fill_(empty, torch.inf)
+    return out * scale[..., None], lse
+
+
+def _backward_tile(
+    call: ChunkedCall,
+    tile: Tile,
+    value: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    rng_state: torch.Tensor | None,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """Add one tile's share to the grouped gradients ``dq`` (but for its scale), ``dk`` and ``dv``."""
+    dq, dk, dv = gradients
+    scores, tanh = call.scores(tile)
+    p = scores.sub_(lse[tile.heads, :, tile.queries, None]).exp_()
+    dout_rows = call.rows(dout, tile)
+    dp = torch.bmm(dout_rows, value[tile.heads, tile.keys].transpose(1, 2)).view_as(p)
+    kept = p
+    if rng_state is not None:
+        weight = call.keep(tile, rng_state).to(p.dtype).mul_(1.0 / (1.0 - call.score.dropout_p))
+        kept = p * weight
+        dp.mul_(weight)
+    dv[tile.heads, tile.keys] += torch.bmm(kept.flatten(1, 2).transpose(1, 2), dout_rows)
+
+    ds = dp.sub_(delta[tile.heads, :, tile.queries, None]).mul_(p)
+    if tanh is not None:
+        ds.mul_(tanh.square_().neg_().add_(1.0)).mul_(call.score.softcap)
+    ds = ds.flatten(1, 2)
+    dk[tile.heads, tile.keys] += torch.bmm(ds.transpose(1, 2), call.rows(call.q, tile))
+    dq[tile.heads, :, tile.queries] += torch.bmm(ds, call.k[tile.heads, tile.keys]).view(
+        dq[tile.heads, :, tile.queries].shape
+    )

@@ -1,0 +1,135 @@
+"""fap-kernels as a back end: NVIDIA and AMD GPUs, and CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fap_api.backends._support import constant_in_graphs, importable
+
+if TYPE_CHECKING:
+    from fap_api.backends.base import Score
+    from fap_kernels.problem import AttentionProblem
+
+__all__ = ["TritonBackend"]
+
+
+class TritonBackend:
+    """Calls fap-kernels, which imports Triton when it first launches a kernel."""
+
+    name = "triton"
+
+    def available(self) -> list[str]:
+        """Return why fap-kernels cannot run anything here."""
+        missing = self.missing_package()
+        return [] if missing is None else [missing]
+
+    def missing_package(self) -> str | None:
+        """Return how to install Triton where it is missing."""
+        if importable("triton"):
+            return None
+        return "the package triton is not installed (pip install triton; published for Linux)"
+
+    def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
+        """Return fap-kernels' own reasons."""
+        if torch.compiler.is_compiling():
+            # Constants to the tracer. The sizes left out may be symbolic, and no reason depends on them.
+            return _reasons_at_trace_time(
+                problem.dtype,
+                problem.device,
+                int(problem.nheads),
+                int(problem.nheads_k),
+                int(problem.head_dim),
+            )
+        from fap_kernels import unsupported_reasons
+
+        return unsupported_reasons(problem)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run the forward kernel."""
+        from fap_kernels import attention_forward
+
+        return attention_forward(
+            q,
+            k,
+            v,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            dropout_p=score.dropout_p,
+        )
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        score: Score,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the backward kernels."""
+        from fap_kernels import attention_backward
+
+        return attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            dlse=dlse,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            dropout_p=score.dropout_p,
+            rng_state=rng_state,
+            deterministic=deterministic,
+        )
+
+    def probabilities(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        rng_state: torch.Tensor,
+        score: Score,
+    ) -> torch.Tensor:
+        """Run the kernel that writes the probabilities out."""
+        from fap_kernels import attention_probabilities
+
+        return attention_probabilities(
+            q,
+            k,
+            softmax_lse,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            dropout_p=score.dropout_p,
+            rng_state=rng_state,
+        )
+
+
+@constant_in_graphs
+def _reasons_at_trace_time(
+    dtype: torch.dtype, device: torch.device, nheads: int, nheads_k: int, head_dim: int
+) -> list[str]:
+    from fap_kernels import AttentionProblem, unsupported_reasons
+
+    shape = (1, 1, nheads, head_dim), (1, 1, nheads_k, head_dim)
+    q, k = (torch.empty(size, dtype=dtype, device="meta") for size in shape)
+    return unsupported_reasons(replace(AttentionProblem.describe(q, k, k), device=device))

@@ -104,14 +104,15 @@ def _head_dims() -> Iterator[Case]:
 
 
 def _scales() -> Iterator[Case]:
-    for scale in (0.0, 1e-3, 1.0, 3.0, -0.4, 40.0):
+    # At 10, exp(score) overflows float32 unless the row's maximum is taken off first.
+    for scale in (0.0, 1e-3, 1.0, 3.0, -0.4, 10.0):
         yield _quick(f"softmax_scale_{scale:g}", softmax_scale=scale, causal=True)
     for scale in (-0.4, 3.0):
         yield _full(f"softmax_scale_{scale:g}", (512, 640), softmax_scale=scale, head_dim=128)
 
 
 def _softcaps() -> Iterator[Case]:
-    for softcap, scale in [(0.3, None), (15.0, None), (30.0, 2.0), (1.0, 200.0)]:
+    for softcap, scale in [(0.3, None), (15.0, None), (30.0, 2.0), (1.0, 30.0)]:
         name = f"softcap_{softcap:g}" + (f"_scale_{scale:g}" if scale else "")
         yield _quick(name, (20, 37), softcap=softcap, softmax_scale=scale, causal=True)
     for softcap, head_dim in product((1.0, 30.0), (64, 128, 256)):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-# Fixtures and checks use plain asserts nowhere, but subclasses of AttentionConformance are read beside ours.
 pytest.register_assert_rewrite("fap_testing.conformance", "fap_testing.expectation", "fap_testing.tolerances")
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addini(
         "fap_gpu_marker",
-        "name of a marker for tests that need a GPU: registers it, and skips such tests where torch finds none "
-        "(default: empty, which leaves every marker alone)",
+        "name of a marker for tests that need a GPU: registers it, and skips such tests where torch finds "
+        "none (default: empty, which leaves every marker alone)",
         default="",
     )
 
@@ -92,7 +91,7 @@ def fap_reference() -> Callable[..., AttentionResult]:
 
 @pytest.fixture(scope="session")
 def fap_case_inputs(fap_device: torch.device, fap_seed: int) -> Callable[..., CaseInputs]:
-    """:func:`fap_testing.inputs.make_inputs`, on ``fap_device`` and seeded with ``fap_seed`` unless told otherwise."""
+    """:func:`fap_testing.inputs.make_inputs` with ``fap_device`` and ``fap_seed`` as defaults."""
     from fap_testing.inputs import make_inputs
 
     return partial(make_inputs, device=fap_device, seed=fap_seed)

@@ -14,7 +14,7 @@ try:
     from hypothesis import strategies as st
 except ImportError as error:
     raise ImportError(
-        'fap_testing.strategies needs Hypothesis, which is not installed: pip install "fap-testing[hypothesis]"'
+        'fap_testing.strategies needs Hypothesis: pip install "fap-testing[hypothesis]"'
     ) from error
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fap-device",
         default=None,
         metavar="DEVICE",
-        help="device of the fap_ fixtures, such as cpu or cuda:1 (default: cuda where there is one, else cpu)",
+        help="device of the fap_ fixtures, such as cpu or cuda:1 (default: cuda if available, else cpu)",
     )
     group.addoption(
         "--fap-seed", type=int, default=0, metavar="N", help="seed of the fap_ fixtures' inputs (default: 0)"

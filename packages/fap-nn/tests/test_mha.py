@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fap_nn import FlashMHA
+from fap_testing.reference import attention_reference
 
 EMBED, HEADS = 24, 4
 PADDED = torch.tensor(
@@ -42,27 +43,26 @@ def tokens(*shape, dtype=torch.float64):
     return torch.randn(*shape, EMBED, dtype=dtype, requires_grad=True)
 
 
-def plain_mha(module, x, plain_attention, *, softmax_scale=None, bias=True, num_heads_kv=HEADS, **features):
-    """Multi-head self-attention from the module's weights, by the definition."""
-    options = {name: features.pop(name) for name in list(features) if name.startswith("rotary")}
-    weights, biases = (
-        [None] * 3 if p is None else p.split([EMBED, 6 * num_heads_kv, 6 * num_heads_kv])
-        for p in (module.Wqkv.weight, module.Wqkv.bias)
+def written_out(module, x, *, bias=True, num_heads_kv=HEADS, **features):
+    """Multi-head self-attention from the module's weights and the oracle."""
+    rotary = [features.pop(name) for name in list(features) if name.startswith("rotary")]
+    sizes = [EMBED, num_heads_kv * EMBED // HEADS, num_heads_kv * EMBED // HEADS]
+    weights = module.Wqkv.weight.split(sizes)
+    biases = module.Wqkv.bias.split(sizes) if bias else (None, None, None)
+    q, k, v = (
+        F.linear(x, w, b).unflatten(-1, (-1, EMBED // HEADS)) for w, b in zip(weights, biases, strict=True)
     )
-    q, k, v = (F.linear(x, w, b).unflatten(-1, (-1, 6)) for w, b in zip(weights, biases, strict=True))
-    if options:
+    if rotary:
         q, k = module.rotary_emb(q, k)
-    if softmax_scale is not None:
-        q = q * (softmax_scale * 6**0.5)
     features["alibi_slopes"] = module.inner_attn.alibi_slopes
-    return module.out_proj(plain_attention(q, k, v, **features).flatten(-2))
+    return module.out_proj(attention_reference(q, k, v, **features).out.flatten(-2))
 
 
 @pytest.mark.smoke
 @every_feature
-def test_equals_the_definition(features, plain_attention):
+def test_equals_the_oracle_between_projections(features):
     module, x = make(**features), tokens(2, 7)
-    out, expected = module(x), plain_mha(module, x, plain_attention, **features)
+    out, expected = module(x), written_out(module, x, **features)
 
     assert_close(out, expected)
     inputs = [x, *module.parameters()]
@@ -291,3 +291,24 @@ def test_wrong_inputs_are_refused(cross, arguments, message):
     module = FlashMHA(EMBED, HEADS, cross_attn=cross)
     with pytest.raises(RuntimeError, match=message):
         module(**{"x": torch.zeros(5, 7, EMBED), **arguments})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
+def test_on_a_gpu(mask):
+    options = {"causal": True, "num_heads_kv": 2, "rotary_emb_dim": 32, "alibi_slopes": [0.3, 0.1, 0.2, 0.7]}
+    module, x = (
+        FlashMHA(256, HEADS, dtype=torch.float64, **options),
+        torch.randn(5, 7, 256, dtype=torch.float64),
+    )
+    expected = module(x, key_padding_mask=mask)
+    dout = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, module.parameters(), dout)
+
+    module.to("cuda", torch.bfloat16)
+    out = module(x.to("cuda", torch.bfloat16), key_padding_mask=None if mask is None else mask.cuda())
+    gradients = torch.autograd.grad(out, module.parameters(), dout.to(out))
+
+    assert_close(out.cpu().double(), expected, atol=0.02, rtol=0.02)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert_close(ours.cpu().double(), theirs, atol=0.02 * theirs.abs().max().item(), rtol=0.02)

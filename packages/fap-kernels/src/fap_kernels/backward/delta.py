@@ -22,11 +22,11 @@ def attention_delta_kernel(
     enters here because d LSE / d logits is the softmax itself: ``dlogits = P * (dP - D + dlse)``.
     """
     batch, head, first = tiles.place(nheads, seqlen_q, BLOCK_M, False)
-    out_rows = rows.Rows(out, None, out_strides, batch, head, seqlen_q)
-    dout_rows = rows.Rows(dout, None, dout_strides, batch, head, seqlen_q)
+    out_rows = rows.Rows(out, None, out_strides, batch, seqlen_q)
+    dout_rows = rows.Rows(dout, None, dout_strides, batch, seqlen_q)
     value = parts.row_dot(
-        rows.load(out_rows, first, BLOCK_M, HEAD_DIM, PART0, PART1, True),
-        rows.load(dout_rows, first, BLOCK_M, HEAD_DIM, PART0, PART1, True),
+        rows.load(out_rows, head, first, BLOCK_M, HEAD_DIM, PART0, PART1, True),
+        rows.load(dout_rows, head, first, BLOCK_M, HEAD_DIM, PART0, PART1, True),
     )
     start = (batch * nheads + head).to(tl.int64) * seqlen_q
     if dlse is not None:

@@ -35,68 +35,76 @@ def attention_dkdv_kernel(
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of one key tile. Grid: (batch, key head, key tile), the tile fastest."""
     batch, head_k, first_key = tiles.place(nheads_k, seqlen_k, BLOCK_N, False)
+    nheads = nheads_k * group
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
-    k_rows = rows.Rows(k, k_tail, k_strides, batch, head_k, seqlen_k)
-    v_rows = rows.Rows(v, v_tail, v_strides, batch, head_k, seqlen_k)
-    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
-    v_tile = rows.load(v_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
+    dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold) if rng_state is not None else None
+    q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
+    dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, seqlen_q)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
+    v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
+    k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    vectors = (batch * nheads).to(tl.int64) * seqlen_q
+    lse += vectors
+    delta += vectors
+
     dk_acc = parts.zeros(BLOCK_N, PART0, PART1)
     dv_acc = parts.zeros(BLOCK_N, PART0, PART1)
     visit = tiles.queries_to_visit(window, first_key, BLOCK_N, BLOCK_M)
-
-    for head in range(head_k * group, (head_k + 1) * group):
-        nheads = nheads_k * group
-        slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
-        score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
-        dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold) if rng_state is not None else None
-        q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
-        dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, head, seqlen_q)
-        vectors = (batch * nheads + head).to(tl.int64) * seqlen_q
-        if window_right is not None:
-            for first_query in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_M, num_stages=STAGES):
-                dk_acc, dv_acc = _gather(
-                    k_tile, v_tile, q_rows, dout_rows, lse + vectors, delta + vectors, first_key, first_query,
-                    window, score, dropout, keep_scale, dk_acc, dv_acc,
-                    HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
-                )  # fmt: skip
-        for first_query in tl.range(visit.inner, visit.outer, BLOCK_M, num_stages=STAGES):
+    # One loop over the group's heads and each head's tiles, not a nest: the pipeline runs on from
+    # one head to the next, and dK and dV need fewer registers beside it.
+    if window_right is not None:
+        count = tl.cdiv(tl.minimum(visit.inner, visit.end) - visit.start, BLOCK_M)
+        for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
-                k_tile, v_tile, q_rows, dout_rows, lse + vectors, delta + vectors, first_key, first_query,
-                window, score, dropout, keep_scale, dk_acc, dv_acc,
-                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
+                head_k * group + index // count, visit.start + index % count * BLOCK_M, first_key,
+                k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
-        if window_left is not None:
-            for first_query in tl.range(visit.outer, visit.end, BLOCK_M, num_stages=STAGES):
-                dk_acc, dv_acc = _gather(
-                    k_tile, v_tile, q_rows, dout_rows, lse + vectors, delta + vectors, first_key, first_query,
-                    window, score, dropout, keep_scale, dk_acc, dv_acc,
-                    HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
-                )  # fmt: skip
+    count = tl.cdiv(visit.outer - visit.inner, BLOCK_M)
+    for index in tl.range(0, count * group, num_stages=STAGES):
+        dk_acc, dv_acc = _gather(
+            head_k * group + index // count, visit.inner + index % count * BLOCK_M, first_key,
+            k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+            HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+    if window_left is not None:
+        count = tl.cdiv(visit.end - visit.outer, BLOCK_M)
+        for index in tl.range(0, count * group, num_stages=STAGES):
+            dk_acc, dv_acc = _gather(
+                head_k * group + index // count, visit.outer + index % count * BLOCK_M, first_key,
+                k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
 
-    dk_rows = rows.Rows(dk, None, dk_strides, batch, head_k, seqlen_k)
-    dv_rows = rows.Rows(dv, None, dv_strides, batch, head_k, seqlen_k)
-    if rng_state is not None:
+    if dropout is not None:
         dv_acc = parts.scale(dv_acc, keep_scale)
-    rows.store(dv_rows, first_key, dv_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
-    rows.store(dk_rows, first_key, parts.scale(dk_acc, softmax_scale), BLOCK_N, HEAD_DIM, PART0, PART1)
+    dk_acc = parts.scale(dk_acc, softmax_scale)
+    dk_rows = rows.Rows(dk, None, dk_strides, batch, seqlen_k)
+    dv_rows = rows.Rows(dv, None, dv_strides, batch, seqlen_k)
+    rows.store(dk_rows, head_k, first_key, dk_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
+    rows.store(dv_rows, head_k, first_key, dv_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
 
 
 @triton.jit
 def _gather(
-    k_tile, v_tile, q_rows, dout_rows, lse, delta, first_key, first_query,
-    window, score, dropout, keep_scale, dk_acc, dv_acc,
+    head, first_query, first_key,
+    k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV what the query tile at ``first_query`` contributes."""
+    """Add to dK and dV what a head's query tile at ``first_query`` contributes."""
     keys = (first_key + tl.arange(0, BLOCK_N))[:, None]
     queries = (first_query + tl.arange(0, BLOCK_M))[None, :]
-    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    dout_tile = rows.load(dout_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    row_lse = rows.load_vector(lse, first_query, window.seqlen_q, BLOCK_M, float("inf"))
-    row_delta = rows.load_vector(delta, first_query, window.seqlen_q, BLOCK_M, 0.0)
+    q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    vector = head.to(tl.int64) * window.seqlen_q
+    row_lse = rows.load_vector(lse + vector, first_query, window.seqlen_q, BLOCK_M, float("inf"))
+    row_delta = rows.load_vector(delta + vector, first_query, window.seqlen_q, BLOCK_M, 0.0)
     weights, dscores = weights_and_dscores(
-        parts.contract(k_tile, q_tile), parts.contract(v_tile, dout_tile),
+        head, parts.contract(k_tile, q_tile), parts.contract(v_tile, dout_tile),
         row_lse[None, :], row_delta[None, :], queries, keys, window, score, dropout, keep_scale, MASKED,
     )  # fmt: skip
     dtype = q_tile[0].dtype

@@ -31,15 +31,15 @@ def attention_dq_kernel(
     """Write ``dq`` of one query tile. Grid: (batch, query head, query tile), the tile fastest."""
     batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
-    slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
-    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
-    dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold) if rng_state is not None else None
-    q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
-    dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, head, seqlen_q)
-    k_rows = rows.Rows(k, k_tail, k_strides, batch, head // group, seqlen_k)
-    v_rows = rows.Rows(v, v_tail, v_strides, batch, head // group, seqlen_k)
-    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    dout_tile = rows.load(dout_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
+    dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold) if rng_state is not None else None
+    q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
+    dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, seqlen_q)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
+    v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
+    q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     vectors = (batch * nheads + head).to(tl.int64) * seqlen_q
     row_lse = rows.load_vector(lse + vectors, first_query, seqlen_q, BLOCK_M, float("inf"))
     row_delta = rows.load_vector(delta + vectors, first_query, seqlen_q, BLOCK_M, 0.0)
@@ -49,30 +49,30 @@ def attention_dq_kernel(
     if window_left is not None:
         for first_key in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES):
             acc = _gather(
-                q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
+                head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
                 window, score, dropout, keep_scale, acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
         acc = _gather(
-            q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
+            head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
             window, score, dropout, keep_scale, acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
         acc = _gather(
-            q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
+            head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
             window, score, dropout, keep_scale, acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
 
-    dq_rows = rows.Rows(dq, None, dq_strides, batch, head, seqlen_q)
-    rows.store(dq_rows, first_query, parts.scale(acc, softmax_scale), BLOCK_M, HEAD_DIM, PART0, PART1)
+    dq_rows = rows.Rows(dq, None, dq_strides, batch, seqlen_q)
+    rows.store(dq_rows, head, first_query, parts.scale(acc, softmax_scale), BLOCK_M, HEAD_DIM, PART0, PART1)
 
 
 @triton.jit
 def _gather(
-    q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
+    head, head_k, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
     window, score, dropout, keep_scale, acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -80,10 +80,10 @@ def _gather(
     """Add to dQ what the key tile at ``first_key`` contributes."""
     queries = (first_query + tl.arange(0, BLOCK_M))[:, None]
     keys = (first_key + tl.arange(0, BLOCK_N))[None, :]
-    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
-    v_tile = rows.load(v_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
+    k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
+    v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
     _, dscores = weights_and_dscores(
-        parts.contract(q_tile, k_tile), parts.contract(dout_tile, v_tile),
+        head, parts.contract(q_tile, k_tile), parts.contract(dout_tile, v_tile),
         row_lse[:, None], row_delta[:, None], queries, keys, window, score, dropout, keep_scale, MASKED,
     )  # fmt: skip
     return parts.accumulate(dscores.to(k_tile[0].dtype), k_tile, acc)

@@ -11,8 +11,9 @@ from ..language import masks, scores, softmax
 
 @triton.jit
 def weights_and_dscores(
-    products, dweights, lse, delta, queries, keys, window, score, dropout, keep_scale, MASKED: tl.constexpr
-):
+    head, products, dweights, lse, delta, queries, keys, window, score, dropout, keep_scale,
+    MASKED: tl.constexpr,
+):  # fmt: skip
     """Recompute the weights P of a tile and return (P after dropout, dS without softmax_scale).
 
     ``products`` is ``q @ k^T`` and ``dweights`` is ``dO @ v^T``, both of the tile or both of its
@@ -23,13 +24,13 @@ def weights_and_dscores(
     The weights returned lack Z's factor ``keep_scale``, which is applied once to the finished dV.
     """
     distances = masks.distance(window, queries, keys)
-    x = scores.logits(score, products, distances)
+    x = scores.logits(score, head, products, distances)
     if MASKED:
         x = tl.where(masks.visible(window, distances, keys), x, float("-inf"))
     weights = softmax.weights_of(x, scores.unit(score), lse)
     kept = weights
     if dropout is not None:
-        survives = drop.survives(dropout, queries, keys)
+        survives = drop.survives(dropout, head, queries, keys)
         kept = tl.where(survives, weights, 0.0)
         dweights = tl.where(survives, dweights * keep_scale, 0.0)
     return kept, scores.logits_grad(score, products, weights * (dweights - delta))

@@ -39,14 +39,14 @@ def attention_forward_kernel(
     batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
     queries = first_query + tl.arange(0, BLOCK_M)
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
-    slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
-    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
-    dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold) if rng_state is not None else None
+    slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
+    dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold) if rng_state is not None else None
 
-    q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
-    k_rows = rows.Rows(k, k_tail, k_strides, batch, head // group, seqlen_k)
-    v_rows = rows.Rows(v, v_tail, v_strides, batch, head // group, seqlen_k)
-    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
+    v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
+    q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -55,46 +55,46 @@ def attention_forward_kernel(
     if window_left is not None:
         for first_key in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES):
             acc, row_max, row_sum = _attend(
-                q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+                head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
                 HEAD_DIM, PART0, PART1, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
         acc, row_max, row_sum = _attend(
-            q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
             HEAD_DIM, PART0, PART1, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
         acc, row_max, row_sum = _attend(
-            q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
             HEAD_DIM, PART0, PART1, BLOCK_N, True,
         )  # fmt: skip
 
     factor, row_lse = softmax.finish(row_max, row_sum)
     if dropout is not None:
         factor *= keep_scale
-    out_rows = rows.Rows(out, None, out_strides, batch, head, seqlen_q)
-    rows.store(out_rows, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
+    out_rows = rows.Rows(out, None, out_strides, batch, seqlen_q)
+    rows.store(out_rows, head, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
     lse_start = lse + (batch * nheads + head).to(tl.int64) * seqlen_q
     rows.store_vector(lse_start, first_query, row_lse, seqlen_q, BLOCK_M)
 
 
 @triton.jit
 def _attend(
-    q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
+    head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Let the query tile take in the key tile at ``first_key``."""
     keys = first_key + tl.arange(0, BLOCK_N)
     distances = masks.distance(window, queries[:, None], keys[None, :])
-    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
-    x = scores.logits(score, parts.contract(q_tile, k_tile), distances)
+    k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
+    x = scores.logits(score, head, parts.contract(q_tile, k_tile), distances)
     if MASKED:
         x = tl.where(masks.visible(window, distances, keys[None, :]), x, float("-inf"))
     weights, rescale, row_max, row_sum = softmax.step(x, scores.unit(score), row_max, row_sum, MASKED)
     if dropout is not None:
-        weights = tl.where(drop.survives(dropout, queries[:, None], keys[None, :]), weights, 0.0)
-    v_tile = rows.load(v_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
+        weights = tl.where(drop.survives(dropout, head, queries[:, None], keys[None, :]), weights, 0.0)
+    v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
     acc = parts.accumulate(
         weights.to(v_tile[0].dtype), v_tile, parts.scale_rows(acc, rescale)
     )

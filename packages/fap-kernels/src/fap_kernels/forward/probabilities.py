@@ -32,20 +32,20 @@ def attention_probabilities_kernel(
     queries = (first_query + tl.arange(0, BLOCK_M))[:, None]
     keys = (first_key + tl.arange(0, BLOCK_N))[None, :]
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
-    slope = scores.slope_of(alibi_slopes, alibi_stride, batch, head) if alibi_slopes is not None else None
-    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slope)
-    q_rows = rows.Rows(q, q_tail, q_strides, batch, head, seqlen_q)
-    k_rows = rows.Rows(k, k_tail, k_strides, batch, head // group, seqlen_k)
-    q_tile = rows.load(q_rows, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    k_tile = rows.load(k_rows, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
+    slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
+    q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
+    k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
+    q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    k_tile = rows.load(k_rows, head // group, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     start = (batch * nheads + head).to(tl.int64)
     row_lse = rows.load_vector(lse + start * seqlen_q, first_query, seqlen_q, BLOCK_M, float("inf"))
     distances = masks.distance(window, queries, keys)
-    x = scores.logits(score, parts.contract(q_tile, k_tile), distances)
+    x = scores.logits(score, head, parts.contract(q_tile, k_tile), distances)
     seen = masks.visible(window, distances, keys) & (queries < seqlen_q)
     weight = softmax.weights_of(tl.where(seen, x, float("-inf")), scores.unit(score), row_lse[:, None])
     if rng_state is not None:
-        dropout = drop.dropout_of(rng_state, batch, head, nheads, keep_threshold)
-        weight = tl.where(drop.survives(dropout, queries, keys) | (seen == 0), weight, -weight)
+        dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold)
+        weight = tl.where(drop.survives(dropout, head, queries, keys) | (seen == 0), weight, -weight)
     address = weights + (start * rows_stored + queries) * columns_stored + keys
     tl.store(address, weight.to(weights.dtype.element_ty))

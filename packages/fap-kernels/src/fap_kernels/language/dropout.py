@@ -15,39 +15,34 @@ import triton.language as tl
 
 
 class Dropout(NamedTuple):
-    """The random stream of one (batch, head).
+    """The random numbers of one batch entry.
 
     Fields:
-        seed, offset: the two numbers of ``rng_state``.
-        stream: ``batch * nheads + head``.
+        rng_state: address of seed and offset.
+        first_stream: ``batch * nheads``; head h draws from stream ``first_stream + h``.
         threshold: a weight survives iff its random byte is at most this: ``floor(255 * (1 - p))``.
     """
 
-    seed: Any
-    offset: Any
-    stream: Any
+    rng_state: Any
+    first_stream: Any
     threshold: Any
 
 
 @triton.jit
-def dropout_of(rng_state, batch, head, nheads, threshold):
-    """The random stream of ``(batch, head)``."""
-    return Dropout(tl.load(rng_state), tl.load(rng_state + 1), batch * nheads + head, threshold)
-
-
-@triton.jit
-def survives(dropout, queries, keys):
-    """True where the weight of (query, key) is kept; the positions broadcast to the tile.
+def survives(dropout, head, queries, keys):
+    """True where the head's weight of (query, key) is kept; the positions broadcast to the tile.
 
     One Philox call gives 16 bytes. They serve the 16 keys of a 64-key stretch that one thread holds
     in the tensor cores' accumulator layouts (two neighbours in each group of eight), so the compiler
     finds one call where it would otherwise make 16.
     """
+    seed = tl.load(dropout.rng_state)
+    offset = tl.load(dropout.rng_state + 1).to(tl.int32)
     group = keys // 64 * 4 + keys % 8 // 2
     byte = keys % 64 // 8 * 2 + keys % 2
     zero = group * 0 + queries * 0
     w0, w1, w2, w3 = tl.philox(
-        dropout.seed, zero + group, zero + queries, zero + dropout.stream, zero + dropout.offset.to(tl.int32), 7
+        seed, zero + group, zero + queries, zero + (dropout.first_stream + head), zero + offset, 7
     )
     low = tl.where(byte < 4, w0, w1)
     high = tl.where(byte < 12, w2, w3)

@@ -9,13 +9,13 @@ import triton.language as tl
 
 
 class Rows(NamedTuple):
-    """The rows of one tensor that belong to one batch entry and one head.
+    """The rows of one tensor that belong to one batch entry, head by head.
 
     Fields:
         tensor, tail: with pointers, the tensor and None. With descriptors, one over ``(batch, nheads,
             seqlen, head_dim)`` for each part of the head dimension.
         strides: of (batch, seqlen, nheads) in elements; None with descriptors, which know theirs.
-        batch, head: which rows.
+        batch: which batch entry.
         length: rows at or beyond it do not exist. They load as zeros and are not stored.
     """
 
@@ -23,33 +23,32 @@ class Rows(NamedTuple):
     tail: Any
     strides: Any
     batch: Any
-    head: Any
     length: Any
 
 
 @triton.jit
-def load(rows, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+def load(rows, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
          BOUNDED: tl.constexpr):  # fmt: skip
-    """Rows ``first .. first + COUNT``, as parts. ``BOUNDED=False`` promises that all of them exist."""
+    """Rows ``first .. first + COUNT`` of a head, as parts. ``BOUNDED=False`` promises that all of them exist."""
     if PART1 == 0:
-        return (_load_part(rows, rows.tensor, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),)
+        return (_load_part(rows, rows.tensor, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),)
     else:
         return (
-            _load_part(rows, rows.tensor, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),
-            _load_part(rows, rows.tail, first, COUNT, HEAD_DIM, PART0, PART1, BOUNDED),
+            _load_part(rows, rows.tensor, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),
+            _load_part(rows, rows.tail, head, first, COUNT, HEAD_DIM, PART0, PART1, BOUNDED),
         )
 
 
 @triton.jit
-def _load_part(rows, descriptor, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+def _load_part(rows, descriptor, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
                WIDTH: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     if rows.strides is None:
         # Rows and columns outside the tensor arrive as zeros.
-        return descriptor.load([rows.batch, rows.head, first, START]).reshape([COUNT, WIDTH])
+        return descriptor.load([rows.batch, head, first, START]).reshape([COUNT, WIDTH])
     else:
         row = tl.arange(0, COUNT)
         column = START + tl.arange(0, WIDTH)
-        address = _addresses(rows, first, row, column)
+        address = _addresses(rows, head, first, row, column)
         if START + WIDTH > HEAD_DIM:
             if BOUNDED:
                 exists = (first + row < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
@@ -63,20 +62,20 @@ def _load_part(rows, descriptor, first, COUNT: tl.constexpr, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def store(rows, first, tile, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr,
+def store(rows, head, first, tile, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr,
           PART1: tl.constexpr):  # fmt: skip
-    """Store a tile of parts to the rows ``first .. first + COUNT`` that exist. Pointers only."""
-    _store_part(rows, first, tile[0], COUNT, HEAD_DIM, 0, PART0)
+    """Store a tile of parts to those rows ``first .. first + COUNT`` of a head that exist. Pointers only."""
+    _store_part(rows, head, first, tile[0], COUNT, HEAD_DIM, 0, PART0)
     if PART1 > 0:
-        _store_part(rows, first, tile[1], COUNT, HEAD_DIM, PART0, PART1)
+        _store_part(rows, head, first, tile[1], COUNT, HEAD_DIM, PART0, PART1)
 
 
 @triton.jit
-def _store_part(rows, first, part, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+def _store_part(rows, head, first, part, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
                 WIDTH: tl.constexpr):  # fmt: skip
     row = tl.arange(0, COUNT)
     column = START + tl.arange(0, WIDTH)
-    address = _addresses(rows, first, row, column)
+    address = _addresses(rows, head, first, row, column)
     exists = (first + row < rows.length)[:, None]
     if START + WIDTH > HEAD_DIM:
         exists = exists & (column < HEAD_DIM)[None, :]
@@ -84,13 +83,13 @@ def _store_part(rows, first, part, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
-def _addresses(rows, first, row, column):
+def _addresses(rows, head, first, row, column):
     # In 64 bits throughout: a tensor may hold more than 2**31 elements, and in a sequence-major layout
     # one row is batch * nheads * head_dim elements long.
     stride = tl.cast(rows.strides[1], tl.int64)
     corner = (
         rows.batch * tl.cast(rows.strides[0], tl.int64)
-        + rows.head * tl.cast(rows.strides[2], tl.int64)
+        + head * tl.cast(rows.strides[2], tl.int64)
         + first * stride
     )
     return rows.tensor + corner + row[:, None] * stride + column[None, :]

@@ -24,13 +24,14 @@ class Scores(NamedTuple):
         folded_scale: softmax_scale again if it may be left to :func:`unit`, else None. It must be positive
             for that, since the largest product has to be the largest logit.
         softcap: c in ``c * tanh(scale * qk / c)``, or None.
-        slope: this head's ALiBi slope m in ``- m * |i + diagonal - j|``, or None.
+        slopes: address of this batch entry's ALiBi slopes m in ``- m * |i + diagonal - j|``, one a head,
+            or None.
     """
 
     scale: Any
     folded_scale: Any
     softcap: Any
-    slope: Any
+    slopes: Any
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def unit(scores):
 
 
 @triton.jit
-def logits(scores, products, distances):
-    """Logits of a tile of products, up to the factor :func:`unit`."""
+def logits(scores, head, products, distances):
+    """Logits of a tile of a head's products, up to the factor :func:`unit`."""
     if scores.folded_scale is not None:
         return products
     else:
@@ -52,8 +53,8 @@ def logits(scores, products, distances):
             x = _tanh(products * (scores.scale / scores.softcap)) * (scores.softcap * LOG2E)
         else:
             x = products * (scores.scale * LOG2E)
-        if scores.slope is not None:
-            x -= tl.abs(distances).to(tl.float32) * (scores.slope * LOG2E)
+        if scores.slopes is not None:
+            x -= tl.abs(distances).to(tl.float32) * (tl.load(scores.slopes + head) * LOG2E)
         return x
 
 
@@ -74,9 +75,3 @@ def logits_grad(scores, products, dlogits):
 def _tanh(x):
     # exp2 overflows to inf for large x and the quotient is then 0, so no inf / inf can arise.
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
-
-
-@triton.jit
-def slope_of(alibi_slopes, stride, batch, head):
-    """The ALiBi slope of ``(batch, head)``; ``stride`` is 0 for slopes shared by the batch."""
-    return tl.load(alibi_slopes + batch * stride + head)

@@ -25,7 +25,7 @@ __all__ = ["ChunkedCall", "Tile", "grouped", "ungrouped", "wide_dtype"]
 _TILE_CPU = 2**19
 _TILE_ACCELERATOR = 2**24
 _ROWS = 256
-_KEYS = 1024
+_KEYS = 256
 
 
 class Tile(NamedTuple):

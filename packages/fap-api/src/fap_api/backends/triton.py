@@ -34,6 +34,8 @@ class TritonBackend:
 
     def unsupported_reasons(self, problem: AttentionProblem) -> list[str]:
         """Return fap-kernels' own reasons."""
+        if self.missing_package() is not None:
+            return []
         if torch.compiler.is_compiling():
             # Constants to the tracer. The sizes left out may be symbolic, and no reason depends on them.
             return _reasons_at_trace_time(

@@ -62,6 +62,7 @@ def check_attention(device: torch.device, dtype: torch.dtype) -> bool:
     print(fap_api.explain(q, k, v, causal=True))
 
     out = fap_api.flash_attn_func(q, k, v, causal=True)
+    assert isinstance(out, torch.Tensor), "a tuple only with return_attn_probs"
     gradients = torch.autograd.grad(out, (q, k, v), dout)
 
     oracle = attention_reference_gradients(q, k, v, dout, causal=True)

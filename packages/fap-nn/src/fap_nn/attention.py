@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -97,7 +97,7 @@ class FlashAttention(nn.Module):
             RuntimeError: shapes, dtypes or devices that do not fit the module or each other.
         """
         self._check(q=q, k=k, v=v)
-        out: torch.Tensor = flash_attn_func(
+        out = flash_attn_func(
             q,
             k,
             v,
@@ -109,7 +109,7 @@ class FlashAttention(nn.Module):
             alibi_slopes=self.alibi_slopes,
             deterministic=self.deterministic,
         )
-        return out
+        return cast("torch.Tensor", out)  # a tuple only with return_attn_probs
 
     def extra_repr(self) -> str:
         """Name the settings that differ from their defaults, after the two sizes."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fap_testing.cases import Case
     from fap_testing.conformance.subject import Subject
     from fap_testing.inputs import CaseInputs
 
-__all__ = ["CallResult", "NonconformityError", "call", "forward", "keep_mask_of", "require_that"]
+__all__ = ["CallResult", "NonconformityError", "call", "forward", "keep_mask_of", "require_that", "seeded"]
 
 _MASK_BLOCK = 128
 
@@ -49,6 +52,15 @@ def require_that(condition: bool, message: str) -> None:
     """Raise NonconformityError with the message unless the condition holds."""
     if not condition:
         raise NonconformityError(message)
+
+
+@contextmanager
+def seeded(device: torch.device | str, seed: int) -> Iterator[None]:
+    """Seed every generator that the device draws from, and put the caller's state back afterwards."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def call(

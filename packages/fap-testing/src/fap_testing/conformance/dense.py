@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fap_testing.conformance.calls import CallResult, NonconformityError, call, keep_mask_of, require_that
+from fap_testing.conformance.calls import (
+    CallResult,
+    NonconformityError,
+    call,
+    keep_mask_of,
+    require_that,
+    seeded,
+)
 from fap_testing.conformance.subject import UnsupportedError
 from fap_testing.expectation import expect
 from fap_testing.inputs import make_inputs
@@ -36,10 +43,12 @@ def check_case(subject: Subject, case: Case, dtype: torch.dtype) -> None:
         raise UnsupportedError(
             "declared unsupported: the dropout mask, without which no oracle knows the result"
         )
-    if not declared:
-        check_result(subject, inputs, call(subject, inputs))
-        return
-    _check_refusal(subject, inputs, declared)
+    # A subject draws its dropout mask from torch's generator: seeded, so that a failure can be repeated.
+    with seeded(subject.device, subject.seed):
+        if declared:
+            _check_refusal(subject, inputs, declared)
+        else:
+            check_result(subject, inputs, call(subject, inputs))
 
 
 def check_result(subject: Subject, inputs: CaseInputs, result: CallResult, **gradients: bool) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from fap_testing.cases import Case
-from fap_testing.conformance.calls import forward, keep_mask_of, require_that
+from fap_testing.conformance.calls import forward, keep_mask_of, require_that, seeded
 from fap_testing.inputs import make_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from fap_testing.conformance.subject import Subject
 
@@ -30,21 +29,12 @@ def _case(dropout_p: float) -> Case:
     )
 
 
-@contextmanager
-def _seeded(device: torch.device | str, seed: int) -> Iterator[None]:
-    """Seed every generator that the device draws from, and put the caller's state back afterwards."""
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def _draw_masks(
     subject: Subject, dtype: torch.dtype, dropout_p: float, *, seed: int, calls: int
 ) -> list[torch.Tensor]:
     inputs = make_inputs(_case(dropout_p), dtype=dtype, device=subject.device, seed=subject.seed)
     masks = []
-    with _seeded(subject.device, seed):
+    with seeded(subject.device, seed):
         for _ in range(calls):
             s_dmask = forward(subject, inputs, inputs.q, inputs.k, inputs.v).s_dmask
             require_that(
@@ -116,13 +106,18 @@ def check_expectation(subject: Subject, dtype: torch.dtype) -> None:
     dropout_p = 0.3
     case = _case(dropout_p)
     inputs = make_inputs(case, dtype=dtype, device=subject.device, seed=subject.seed)
-    with _seeded(subject.device, 5):
+    with seeded(subject.device, 5):
         out = forward(subject, inputs, torch.zeros_like(inputs.q), inputs.k, torch.ones_like(inputs.v)).out
     kept = out[..., 0].double() * (1.0 - dropout_p)
     _assert_fraction(
         float(kept.mean()), kept.numel() * case.seqlen_k, dropout_p, "out, for v = 1 and equal weights"
     )
-    require_that(float(kept.std()) > 0.0, "dropout has no effect on out")
+    spread, expected = float(kept.std()), math.sqrt(dropout_p * (1.0 - dropout_p) / case.seqlen_k)
+    require_that(
+        spread > 0.5 * expected,
+        f"out varies too little under dropout_p={dropout_p}: for v = 1 and equal weights, the standard "
+        f"deviation of out * (1 - p) is {spread:.1e}, expected {expected:.1e}",
+    )
 
 
 def _needing_mask(check: Callable[[Subject, torch.dtype], None]) -> Callable[[Subject, torch.dtype], None]:

@@ -29,19 +29,16 @@ def window_sizes(max_bound: int = 80) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(bound, bound)
 
 
-@st.composite
 def cases(
-    draw: st.DrawFn,
     *,
     max_seqlen: int = 70,
     max_head_dim: int = 64,
     max_batch: int = 2,
     without: Collection[str] = (),
-) -> Case:
+) -> st.SearchStrategy[Case]:
     """Draw a :class:`fap_testing.cases.Case` that combines features at random, and shrinks to a plain call.
 
     Args:
-        draw: supplied by Hypothesis.
         max_seqlen: largest number of queries, and of keys; the smallest is 0.
         max_head_dim: largest head dim; 256 is flash-attn's limit.
         max_batch: largest batch.
@@ -53,6 +50,13 @@ def cases(
     unknown = sorted(set(without) - FEATURES.keys())
     if unknown:
         raise ValueError(f"without has unknown features {unknown}, accepted: {', '.join(FEATURES)}")
+    return _cases(max_seqlen, max_head_dim, max_batch, frozenset(without))
+
+
+@st.composite
+def _cases(
+    draw: st.DrawFn, max_seqlen: int, max_head_dim: int, max_batch: int, without: frozenset[str]
+) -> Case:
     sizes = _draw_sizes(draw, max_seqlen, max_head_dim, max_batch, without)
     options = {
         field: draw(values)
@@ -68,7 +72,7 @@ def cases(
 
 
 def _draw_sizes(
-    draw: st.DrawFn, max_seqlen: int, max_head_dim: int, max_batch: int, without: Collection[str]
+    draw: st.DrawFn, max_seqlen: int, max_head_dim: int, max_batch: int, without: frozenset[str]
 ) -> dict[str, Any]:
     lengths = st.integers(1 if "zero_length" in without else 0, max_seqlen)
     step = 8 if "head_dim_unaligned" in without else 1
@@ -96,7 +100,7 @@ def _options(max_seqlen: int) -> dict[str, tuple[str, st.SearchStrategy[Any]]]:
     }
 
 
-def _layouts(sizes: dict[str, Any], without: Collection[str]) -> st.SearchStrategy[Any]:
+def _layouts(sizes: dict[str, Any], without: frozenset[str]) -> st.SearchStrategy[Any]:
     fitting = [
         layout
         for layout in LAYOUTS

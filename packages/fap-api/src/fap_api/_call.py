@@ -152,7 +152,8 @@ def _autocast(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cast q, k and v to autocast's dtype where it is on; float64 stays, as in PyTorch's own operators."""
-    if not isinstance(q, torch.Tensor) or not torch.is_autocast_enabled(q.device.type):
+    # Meta tensors have no autocast, and asking for it is an error.
+    if not isinstance(q, torch.Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)

@@ -123,6 +123,12 @@ class AttentionProblem:
 def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) -> tuple[int, int]:
     """Return ``(left, right)`` as plain ints with causal folded in and every negative bound as -1."""
     if isinstance(window_size, torch.Tensor):
+        if window_size.device.type != "cpu":
+            # Reading it would make every call wait for the device.
+            raise TypeError(
+                "window_size must be two integers (left, right) or a CPU tensor of them, "
+                f"got a tensor on {window_size.device}"
+            )
         window_size = window_size.tolist()
     if isinstance(window_size, (str, bytes)) or not hasattr(window_size, "__len__"):
         raise TypeError(
@@ -149,6 +155,8 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
         if x.dim() != 4:
             raise RuntimeError(
                 f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got shape {tuple(x.shape)}"
@@ -213,6 +221,8 @@ def _check_dropout(dropout_p: float) -> float:
 def _as_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        raise TypeError(f"{name} must be a number, since attention has no gradient for it, got {value!r}")
     return float(value)
 
 

@@ -21,7 +21,7 @@ _BLOCK = 64
 
 def draw_rng_state(device: torch.device) -> torch.Tensor:
     """Draw int64 ``(seed, offset)`` from PyTorch's generator of ``device``, without a sync."""
-    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def keep_mask(

@@ -16,7 +16,10 @@ def qkv():
 
 @pytest.mark.parametrize(
     ("shape", "says"),
-    [((2, 5, 2, 8), r"kv must have shape .*2, nheads.*got \(2, 5, 2, 8\)"), ((2, 5, 3, 2, 8), r"got \(2, 5, 3,")],
+    [
+        ((2, 5, 2, 8), r"kv must have shape .*2, nheads.*got \(2, 5, 2, 8\)"),
+        ((2, 5, 3, 2, 8), r"got \(2, 5, 3,"),
+    ],
 )
 def test_kv_of_another_shape(shape, says):
     with pytest.raises(RuntimeError, match=says):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fap_testing.cases import select
-from fap_testing.conformance import AttentionConformance, Subject
 
 import fap_api
+from fap_testing.cases import select
+from fap_testing.conformance import AttentionConformance, Subject
 
 
 def on(backend):

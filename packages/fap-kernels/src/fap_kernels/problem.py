@@ -146,6 +146,8 @@ def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) ->
 
 
 def _as_int(value: Any, window_size: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"window_size must be two integers (left, right), got {window_size!r}")
     return int(value)
@@ -219,6 +221,9 @@ def _check_dropout(dropout_p: float) -> float:
 
 
 def _as_float(name: str, value: Any) -> float:
+    # torch.compile follows isinstance on symbolic numbers, but not hasattr.
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
+        return float(value)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
     if isinstance(value, torch.Tensor) and value.requires_grad:

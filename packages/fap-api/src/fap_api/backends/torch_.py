@@ -41,15 +41,16 @@ class TorchBackend:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return ``out``, ``softmax_lse`` and, with dropout, ``rng_state``."""
-        call = ChunkedCall(q, k, score)
-        rng_state = draw_rng_state(q.device) if score.dropout_p else None
-        value = grouped(v, v.shape[2], call.dtype)[:, 0]
-        out = torch.empty_like(call.q)
-        lse = call.q.new_empty(call.q.shape[:3])
-        for heads, queries in call.row_blocks():
-            block = _forward_rows(call, value, heads, queries, rng_state)
-            out[heads, :, queries], lse[heads, :, queries] = block
-        return ungrouped(out, q), lse.view(q.shape[0], q.shape[2], q.shape[1]), rng_state
+        with _no_autocast(q):
+            call = ChunkedCall(q, k, score)
+            rng_state = draw_rng_state(q.device) if score.dropout_p else None
+            value = grouped(v, v.shape[2], call.dtype)[:, 0]
+            out = torch.empty_like(call.q)
+            lse = call.q.new_empty(call.q.shape[:3])
+            for heads, queries in call.row_blocks():
+                block = _forward_rows(call, value, heads, queries, rng_state)
+                out[heads, :, queries], lse[heads, :, queries] = block
+            return ungrouped(out, q), lse.view(q.shape[0], q.shape[2], q.shape[1]), rng_state
 
     def backward(
         self,
@@ -65,20 +66,21 @@ class TorchBackend:
         deterministic: bool,  # noqa: ARG002 - every run is bitwise equal as it is
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return ``dq``, ``dk`` and ``dv``."""
-        call = ChunkedCall(q, k, score)
-        value, dout = grouped(v, v.shape[2], call.dtype)[:, 0], grouped(dout, k.shape[2], call.dtype)
-        lse = softmax_lse.reshape(call.q.shape[:3])
-        delta = (dout * grouped(out, k.shape[2], call.dtype)).sum(dim=-1)
-        if dlse is not None:
-            delta -= dlse.reshape(delta.shape)
-        # A row without keys has no gradient, whatever dlse says.
-        delta.masked_fill_(lse == torch.inf, 0.0)
+        with _no_autocast(dout):
+            call = ChunkedCall(q, k, score)
+            value, dout = grouped(v, v.shape[2], call.dtype)[:, 0], grouped(dout, k.shape[2], call.dtype)
+            lse = softmax_lse.reshape(call.q.shape[:3])
+            delta = (dout * grouped(out, k.shape[2], call.dtype)).sum(dim=-1)
+            if dlse is not None:
+                delta -= dlse.reshape(delta.shape)
+            # A row without keys has no gradient, whatever dlse says.
+            delta.masked_fill_(lse == torch.inf, 0.0)
 
-        dq, dk, dv = (torch.zeros_like(x) for x in (call.q, call.k, value))
-        for heads, queries in call.row_blocks():
-            for tile in call.tiles(heads, queries):
-                _backward_tile(call, tile, value, dout, lse, delta, rng_state, (dq, dk, dv))
-        return ungrouped(dq.mul_(call.q_factor), q), ungrouped(dk, k), ungrouped(dv, v)
+            dq, dk, dv = (torch.zeros_like(x) for x in (call.q, call.k, value))
+            for heads, queries in call.row_blocks():
+                for tile in call.tiles(heads, queries):
+                    _backward_tile(call, tile, value, dout, lse, delta, rng_state, (dq, dk, dv))
+            return ungrouped(dq.mul_(call.q_factor), q), ungrouped(dk, k), ungrouped(dv, v)
 
     def probabilities(
         self,
@@ -89,18 +91,24 @@ class TorchBackend:
         score: Score,
     ) -> torch.Tensor:
         """Return ``S_dmask``: the probabilities before dropout, negative where dropped."""
-        call = ChunkedCall(q, k, score)
-        lse = softmax_lse.reshape(call.q.shape[:3])
-        padded = (-(-seqlen // 128) * 128 for seqlen in (call.seqlen_q, call.seqlen_k))
-        result = q.new_zeros((call.heads, call.group, *padded))
-        for heads, queries in call.row_blocks():
-            for tile in call.tiles(heads, queries):
-                scores, _ = call.scores(tile)
-                hidden = scores == -torch.inf
-                p = scores.sub_(lse[heads, :, queries, None]).exp_()
-                signed = torch.where(call.keep(tile, rng_state) | hidden, p, -p)
-                result[heads, :, queries, tile.keys] = signed.to(q.dtype)
-        return result.view(q.shape[0], q.shape[2], *result.shape[2:])
+        with _no_autocast(q):
+            call = ChunkedCall(q, k, score)
+            lse = softmax_lse.reshape(call.q.shape[:3])
+            padded = (-(-seqlen // 128) * 128 for seqlen in (call.seqlen_q, call.seqlen_k))
+            result = q.new_zeros((call.heads, call.group, *padded))
+            for heads, queries in call.row_blocks():
+                for tile in call.tiles(heads, queries):
+                    scores, _ = call.scores(tile)
+                    hidden = scores == -torch.inf
+                    p = scores.sub_(lse[heads, :, queries, None]).exp_()
+                    signed = torch.where(call.keep(tile, rng_state) | hidden, p, -p)
+                    result[heads, :, queries, tile.keys] = signed.to(q.dtype)
+            return result.view(q.shape[0], q.shape[2], *result.shape[2:])
+
+
+def _no_autocast(x: torch.Tensor) -> torch.autocast:
+    """Turn autocast off: even inside an operator it would cast the products to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _forward_rows(

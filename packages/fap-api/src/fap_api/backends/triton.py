@@ -37,14 +37,7 @@ class TritonBackend:
         if self.missing_package() is not None:
             return []
         if torch.compiler.is_compiling():
-            # Constants to the tracer. The sizes left out may be symbolic, and no reason depends on them.
-            return _reasons_at_trace_time(
-                problem.dtype,
-                problem.device,
-                int(problem.nheads),
-                int(problem.nheads_k),
-                int(problem.head_dim),
-            )
+            return _reasons_at_trace_time(problem.dtype, problem.device)
         from fap_kernels import unsupported_reasons
 
         return unsupported_reasons(problem)
@@ -127,11 +120,9 @@ class TritonBackend:
 
 
 @constant_in_graphs
-def _reasons_at_trace_time(
-    dtype: torch.dtype, device: torch.device, nheads: int, nheads_k: int, head_dim: int
-) -> list[str]:
+def _reasons_at_trace_time(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Return fap-kernels' reasons in a graph. Sizes are symbolic there, and no reason depends on them."""
     from fap_kernels import AttentionProblem, unsupported_reasons
 
-    shape = (1, 1, nheads, head_dim), (1, 1, nheads_k, head_dim)
-    q, k = (torch.empty(size, dtype=dtype, device="meta") for size in shape)
-    return unsupported_reasons(replace(AttentionProblem.describe(q, k, k), device=device))
+    x = torch.empty((1, 1, 1, 64), dtype=dtype, device="meta")
+    return unsupported_reasons(replace(AttentionProblem.describe(x, x, x), device=device))

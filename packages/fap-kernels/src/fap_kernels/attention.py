@@ -72,7 +72,7 @@ def attention_forward(
     rng_state = _rng_state(problem, rng_state)
     q, k, v = _unit_last_stride(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    softmax_lse = _row_vector(problem)
+    softmax_lse = _row_vector(problem, problem.seqlen_q)
     launch = plan_forward(problem, target_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, rng_state)
     launch.run(q.device)
     return out, softmax_lse, rng_state
@@ -130,19 +130,19 @@ def attention_backward(
         _check_vector("dlse", dlse, problem)
     if problem.dropout_p > 0.0 and rng_state is None:
         raise ValueError("rng_state must be what the forward pass returned when dropout_p > 0, got None")
-    from .backward.launch import plan_delta, plan_dkdv, plan_dq
+    from .backward.launch import ROW_PADDING, BackwardInputs, plan_delta, plan_dkdv, plan_dq
     from .target import target_of
 
     rng_state = _rng_state(problem, rng_state)
     q, k, v, out, dout = _unit_last_stride(q, k, v, out, dout)
-    softmax_lse = softmax_lse.contiguous()
-    delta = _row_vector(problem)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    rows_padded = -(-problem.seqlen_q // ROW_PADDING) * ROW_PADDING
+    lse, delta = (_row_vector(problem, rows_padded) for _ in range(2))
+    inputs = BackwardInputs(q, k, v, dout, lse, delta, alibi_slopes, rng_state)
     target = target_of(q.device)
-    inputs = (problem, target, q, k, v, dout, softmax_lse, delta)
-    plan_delta(problem, target, out, dout, dlse, delta).run(q.device)
-    plan_dkdv(*inputs, dk, dv, alibi_slopes, rng_state).run(q.device)
-    plan_dq(*inputs, dq, alibi_slopes, rng_state).run(q.device)
+    plan_delta(problem, target, out, softmax_lse.contiguous(), dlse, inputs).run(q.device)
+    plan_dkdv(problem, target, inputs, dk, dv).run(q.device)
+    plan_dq(problem, target, inputs, dq).run(q.device)
     return dq, dk, dv
 
 
@@ -203,10 +203,8 @@ def _unit_last_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
 
 
-def _row_vector(problem: AttentionProblem) -> torch.Tensor:
-    return torch.empty(
-        (problem.batch, problem.nheads, problem.seqlen_q), dtype=torch.float32, device=problem.device
-    )
+def _row_vector(problem: AttentionProblem, rows: int) -> torch.Tensor:
+    return torch.empty((problem.batch, problem.nheads, rows), dtype=torch.float32, device=problem.device)
 
 
 def _rng_state(problem: AttentionProblem, rng_state: torch.Tensor | None) -> torch.Tensor | None:

@@ -27,7 +27,7 @@ def attention_dkdv_kernel(
     q, q_tail, k, k_tail, v, v_tail, dout, dout_tail,
     lse, delta, dk, dv, alibi_slopes, rng_state,
     q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, alibi_stride,
-    nheads_k, group, seqlen_q, seqlen_k, window_left, window_right,
+    nheads_k, group, seqlen_q, seqlen_k, rows_padded, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -46,9 +46,8 @@ def attention_dkdv_kernel(
     v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
     k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
-    vectors = (batch * nheads).to(tl.int64) * seqlen_q
-    lse += vectors
-    delta += vectors
+    lse += (batch * nheads).to(tl.int64) * rows_padded
+    delta += (batch * nheads).to(tl.int64) * rows_padded
 
     dk_acc = parts.zeros(BLOCK_N, PART0, PART1)
     dv_acc = parts.zeros(BLOCK_N, PART0, PART1)
@@ -60,14 +59,14 @@ def attention_dkdv_kernel(
         for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.start + index % count * BLOCK_M, first_key,
-                k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+                k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     count = tl.cdiv(visit.outer - visit.inner, BLOCK_M)
     for index in tl.range(0, count * group, num_stages=STAGES):
         dk_acc, dv_acc = _gather(
             head_k * group + index // count, visit.inner + index % count * BLOCK_M, first_key,
-            k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+            k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     if window_left is not None:
@@ -75,7 +74,7 @@ def attention_dkdv_kernel(
         for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.outer + index % count * BLOCK_M, first_key,
-                k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+                k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
 
@@ -91,7 +90,7 @@ def attention_dkdv_kernel(
 @triton.jit
 def _gather(
     head, first_query, first_key,
-    k_tile, v_tile, q_rows, dout_rows, lse, delta, window, score, dropout, keep_scale, dk_acc, dv_acc,
+    k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -100,9 +99,9 @@ def _gather(
     queries = (first_query + tl.arange(0, BLOCK_M))[None, :]
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    vector = head.to(tl.int64) * window.seqlen_q
-    row_lse = rows.load_vector(lse + vector, first_query, window.seqlen_q, BLOCK_M, float("inf"))
-    row_delta = rows.load_vector(delta + vector, first_query, window.seqlen_q, BLOCK_M, 0.0)
+    row = head.to(tl.int64) * rows_padded + first_query + tl.arange(0, BLOCK_M)
+    row_lse = tl.load(lse + row)
+    row_delta = tl.load(delta + row)
     weights, dscores = weights_and_dscores(
         head, parts.contract(k_tile, q_tile), parts.contract(v_tile, dout_tile),
         row_lse[None, :], row_delta[None, :], queries, keys, window, score, dropout, keep_scale, MASKED,

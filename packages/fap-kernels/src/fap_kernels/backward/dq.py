@@ -22,7 +22,7 @@ def attention_dq_kernel(
     q, q_tail, k, k_tail, v, v_tail, dout, dout_tail,
     lse, delta, dq, alibi_slopes, rng_state,
     q_strides, k_strides, v_strides, dout_strides, dq_strides, alibi_stride,
-    nheads, group, seqlen_q, seqlen_k, window_left, window_right,
+    nheads, group, seqlen_q, seqlen_k, rows_padded, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -40,9 +40,9 @@ def attention_dq_kernel(
     v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    vectors = (batch * nheads + head).to(tl.int64) * seqlen_q
-    row_lse = rows.load_vector(lse + vectors, first_query, seqlen_q, BLOCK_M, float("inf"))
-    row_delta = rows.load_vector(delta + vectors, first_query, seqlen_q, BLOCK_M, 0.0)
+    row = (batch * nheads + head).to(tl.int64) * rows_padded + first_query + tl.arange(0, BLOCK_M)
+    row_lse = tl.load(lse + row)
+    row_delta = tl.load(delta + row)
 
     acc = parts.zeros(BLOCK_M, PART0, PART1)
     visit = tiles.keys_to_visit(window, first_query, BLOCK_M, BLOCK_N)

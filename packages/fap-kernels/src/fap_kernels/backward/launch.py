@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..launch import Launch, descriptors_fit, option_arguments, part_arguments, row_arguments, strides_of
 from .config import delta_config, dkdv_config, dq_config
@@ -17,32 +17,58 @@ if TYPE_CHECKING:
     from ..problem import AttentionProblem
     from ..target import Target
 
-__all__ = ["plan_delta", "plan_dkdv", "plan_dq"]
+__all__ = ["ROW_PADDING", "BackwardInputs", "plan_delta", "plan_dkdv", "plan_dq"]
+
+ROW_PADDING = 128
+"""The vectors of one number a query row are padded to a multiple of this, the largest BLOCK_M."""
+
+
+class BackwardInputs(NamedTuple):
+    """What the kernels that follow the delta kernel read.
+
+    Attributes:
+        q, k, v, dout: as given, with unit last stride.
+        lse, delta: float32 ``(batch, nheads, seqlen_q padded to ROW_PADDING)``, written by the delta kernel.
+        alibi_slopes, rng_state: as given, or None.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    alibi_slopes: torch.Tensor | None
+    rng_state: torch.Tensor | None
 
 
 def plan_delta(
     problem: AttentionProblem,
     target: Target,
     out: torch.Tensor,
-    dout: torch.Tensor,
+    softmax_lse: torch.Tensor,
     dlse: torch.Tensor | None,
-    delta: torch.Tensor,
+    inputs: BackwardInputs,
 ) -> Launch:
-    """The launch that fills ``delta``, float32 ``(batch, nheads, seqlen_q)``."""
+    """The launch that fills ``inputs.lse`` and ``inputs.delta``."""
     config = delta_config(problem, target)
+    rows_padded = inputs.delta.shape[2]
     return Launch(
         kernel=attention_delta_kernel,
-        programs=problem.batch * problem.nheads * -(-problem.seqlen_q // config.block_m),
+        programs=problem.batch * problem.nheads * (rows_padded // config.block_m),
         arguments={
             "out": out,
-            "dout": dout,
-            "dlse": dlse,
-            "delta": delta,
             "out_strides": strides_of(out),
-            "dout_strides": strides_of(dout),
-            "dlse_strides": None if dlse is None else tuple(dlse.stride()),
+            "dout": inputs.dout,
+            "dout_strides": strides_of(inputs.dout),
+            "softmax_lse": softmax_lse,
+            "dlse": dlse,
+            "dlse_strides": None if dlse is None else dlse.stride(),
+            "lse": inputs.lse,
+            "delta": inputs.delta,
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
+            "rows_padded": rows_padded,
             **part_arguments(problem.head_dim),
             "BLOCK_M": config.block_m,
         },
@@ -53,43 +79,23 @@ def plan_delta(
 def plan_dkdv(
     problem: AttentionProblem,
     target: Target,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    softmax_lse: torch.Tensor,
-    delta: torch.Tensor,
+    inputs: BackwardInputs,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    alibi_slopes: torch.Tensor | None,
-    rng_state: torch.Tensor | None,
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv``; ``config`` overrides the table."""
     config = config or dkdv_config(problem, target)
-    use_descriptors = descriptors_fit(target, q, k, v, dout)
-    part = part_arguments(problem.head_dim)
-    sizes = part["PART0"], part["PART1"]
     return Launch(
         kernel=attention_dkdv_kernel,
         programs=problem.batch * problem.nheads_k * -(-problem.seqlen_k // config.block_n),
         arguments={
-            **row_arguments("q", q, config.block_m, sizes, use_descriptors),
-            **row_arguments("k", k, config.block_n, sizes, use_descriptors),
-            **row_arguments("v", v, config.block_n, sizes, use_descriptors),
-            **row_arguments("dout", dout, config.block_m, sizes, use_descriptors),
-            "lse": softmax_lse,
-            "delta": delta,
+            **_sweep_arguments(problem, target, inputs, config),
             "dk": dk,
             "dk_strides": strides_of(dk),
             "dv": dv,
             "dv_strides": strides_of(dv),
             "nheads_k": problem.nheads_k,
-            **option_arguments(problem, alibi_slopes, rng_state),
-            **part,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
         },
         num_warps=config.num_warps,
     )
@@ -98,40 +104,44 @@ def plan_dkdv(
 def plan_dq(
     problem: AttentionProblem,
     target: Target,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    softmax_lse: torch.Tensor,
-    delta: torch.Tensor,
+    inputs: BackwardInputs,
     dq: torch.Tensor,
-    alibi_slopes: torch.Tensor | None,
-    rng_state: torch.Tensor | None,
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills ``dq``; ``config`` overrides the table."""
     config = config or dq_config(problem, target)
-    use_descriptors = descriptors_fit(target, q, k, v, dout)
-    part = part_arguments(problem.head_dim)
-    sizes = part["PART0"], part["PART1"]
     return Launch(
         kernel=attention_dq_kernel,
         programs=problem.batch * problem.nheads * -(-problem.seqlen_q // config.block_m),
         arguments={
-            **row_arguments("q", q, config.block_m, sizes, use_descriptors),
-            **row_arguments("k", k, config.block_n, sizes, use_descriptors),
-            **row_arguments("v", v, config.block_n, sizes, use_descriptors),
-            **row_arguments("dout", dout, config.block_m, sizes, use_descriptors),
-            "lse": softmax_lse,
-            "delta": delta,
+            **_sweep_arguments(problem, target, inputs, config),
             "dq": dq,
             "dq_strides": strides_of(dq),
             "nheads": problem.nheads,
-            **option_arguments(problem, alibi_slopes, rng_state),
-            **part,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
         },
         num_warps=config.num_warps,
     )
+
+
+def _sweep_arguments(
+    problem: AttentionProblem, target: Target, inputs: BackwardInputs, config: TileConfig
+) -> dict[str, Any]:
+    """What dK/dV and dQ are given alike: one sweeps queries and the other keys, over the same tensors."""
+    q, k, v, dout, lse, delta, alibi_slopes, rng_state = inputs
+    use_descriptors = descriptors_fit(target, q, k, v, dout)
+    part = part_arguments(problem.head_dim)
+    sizes = part["PART0"], part["PART1"]
+    return {
+        **row_arguments("q", q, config.block_m, sizes, use_descriptors),
+        **row_arguments("k", k, config.block_n, sizes, use_descriptors),
+        **row_arguments("v", v, config.block_n, sizes, use_descriptors),
+        **row_arguments("dout", dout, config.block_m, sizes, use_descriptors),
+        "lse": lse,
+        "delta": delta,
+        "rows_padded": delta.shape[2],
+        **option_arguments(problem, alibi_slopes, rng_state),
+        **part,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+    }

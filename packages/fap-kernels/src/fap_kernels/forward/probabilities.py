@@ -39,11 +39,11 @@ def attention_probabilities_kernel(
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     k_tile = rows.load(k_rows, head // group, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     start = (batch * nheads + head).to(tl.int64)
-    row_lse = rows.load_vector(lse + start * seqlen_q, first_query, seqlen_q, BLOCK_M, float("inf"))
+    row_lse = tl.load(lse + start * seqlen_q + queries, mask=queries < seqlen_q, other=float("inf"))
     distances = masks.distance(window, queries, keys)
     x = scores.logits(score, head, parts.contract(q_tile, k_tile), distances)
     seen = masks.visible(window, distances, keys) & (queries < seqlen_q)
-    weight = softmax.weights_of(tl.where(seen, x, float("-inf")), scores.unit(score), row_lse[:, None])
+    weight = softmax.weights_of(tl.where(seen, x, float("-inf")), scores.unit(score), row_lse * scores.LOG2E)
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold)
         weight = tl.where(drop.survives(dropout, head, queries, keys) | (seen == 0), weight, -weight)

@@ -96,14 +96,7 @@ def _addresses(rows, head, first, row, column):
 
 
 @triton.jit
-def load_vector(start, first, length, COUNT: tl.constexpr, other: tl.constexpr):
-    """``COUNT`` float32 numbers, one a row, from a contiguous vector; ``other`` beyond ``length``."""
-    row = first + tl.arange(0, COUNT)
-    return tl.load(start + row, mask=row < length, other=other)
-
-
-@triton.jit
 def store_vector(start, first, values, length, COUNT: tl.constexpr):
-    """The counterpart of :func:`load_vector`."""
+    """Store one number a row to the rows ``first .. first + COUNT`` below ``length`` of a contiguous vector."""
     row = first + tl.arange(0, COUNT)
     tl.store(start + row, values, mask=row < length)

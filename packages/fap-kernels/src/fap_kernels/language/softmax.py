@@ -40,8 +40,8 @@ def finish(row_max, row_sum):
 
 @triton.jit
 def weights_of(x, unit, lse):
-    """The normalised weights of a tile again, from its logits and its rows' natural-log LSE (broadcast).
+    """The normalised weights of a tile again, from its logits and its rows' LSE in base 2 (broadcast).
 
     An LSE of +inf, as rows without keys have, gives weights of 0.
     """
-    return tl.exp2(x * unit - lse * LOG2E)
+    return tl.exp2(x * unit - lse)

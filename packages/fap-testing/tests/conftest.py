@@ -45,6 +45,8 @@ class EagerAttention:
             lse = lse.detach() + 0.0 * p.sum(-1)
         if self.bug == "random_noise":
             out = out * (1.0 + 1e-6 * torch.rand(()))
+        if self.bug == "gradients_off_by_a_thousandth":
+            out = out.detach() + 1.001 * (out - out.detach())
         if self.bug == "dout_must_be_contiguous":
             out = _ReadsContiguousGradient.apply(out)
         if not return_attn_probs and self.bug != "always_returns_lse":
@@ -73,7 +75,11 @@ class EagerAttention:
     def _heads(self, x, nheads):
         heads = torch.arange(nheads)
         source = heads % x.shape[2] if self.bug == "gqa_interleaved" else heads // (nheads // x.shape[2])
-        return x.transpose(1, 2)[:, source]
+        x = x.transpose(1, 2)[:, source]
+        if self.bug == "gqa_gradient_of_one_head":
+            first = (heads % (nheads // (int(source.max()) + 1)) == 0)[:, None, None]
+            return torch.where(first, x, x.detach())
+        return x
 
     def _scores(self, q, k, softmax_scale, softcap, alibi_slopes, causal):
         head_dim = q.shape[-1]
@@ -244,6 +250,15 @@ def check_slopes(alibi_slopes, q):
         raise RuntimeError(
             f"alibi_slopes must be (nheads,) or (batch, nheads) of q {tuple(q.shape)}, got {shape}"
         )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small lose time to threads: on a busy machine, a factor of twenty."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_options_are_those_that_differ_from_the_default():
 
 def test_cases_are_found_by_name_and_by_tag():
     assert find("gqa_4_2") in select("quick", "gqa")
-    assert set(select("quick")) < set(select("full")) == set(all_cases())
+    assert set(select("quick")) < set(select("full")) == set(all_cases()) - set(select("huge"))
     with pytest.raises(KeyError, match="no case is called 'gqa'"):
         find("gqa")
     with pytest.raises(ValueError, match=r"no case has all of the tags .*known tags: alibi"):

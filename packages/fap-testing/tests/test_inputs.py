@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import pytest
 import torch
 
-from fap_testing.cases import LAYOUTS, Case
+from fap_testing.cases import HUGE_LAYOUTS, LAYOUTS, Case, find
 from fap_testing.inputs import make_inputs, make_keep_mask
+from fap_testing.layouts import place_qkv
 
 PACKED = {"qkv_packed", "kv_packed"}
 
@@ -67,6 +71,26 @@ def test_everything_around_the_tensors_is_poisoned(layout, dtype):
         assert memory[: 128 * row].isnan().all()
         assert memory[-128 * row :].isnan().all()
     inputs.assert_untouched()
+
+
+@pytest.mark.parametrize("layout", HUGE_LAYOUTS)
+def test_huge_layouts_reach_past_two_to_the_31_without_overlap(layout):
+    case = find(f"layout_{layout}")
+    (group,) = place_qkv(case)
+    assert set(group) == {"q", "k", "v", "dout"}
+    taken = set()
+    for placement in group.values():
+        assert placement.end > 2**31
+        ranges = [
+            range(0, n * stride, stride) for n, stride in zip(placement.shape, placement.strides, strict=True)
+        ]
+        places = {placement.offset + sum(steps) for steps in product(*ranges)}
+        assert len(places) == math.prod(placement.shape)
+        assert not taken & places
+        taken |= places
+    assert max(taken) < 2**31 + 2**24
+    assert "huge" in case.tags
+    assert "full" not in case.tags
 
 
 def test_a_write_to_the_tensors_or_around_them_is_found():

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import fap_testing
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -17,6 +19,8 @@ PACKAGE = Path(__file__).parents[1]
 def suite(tmp_path):
     """Write a suite into an empty folder and run it with the plugin, as its author would."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    environment["PYTHONPATH"] = str(Path(fap_testing.__file__).parents[1])
 
     def run(code, *options, ini=""):
         (tmp_path / "pytest.ini").write_text(f"[pytest]\n{ini}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, find, given, settings
+from hypothesis import find, given, settings
 from hypothesis import strategies as st
 
 from fap_testing.cases import FEATURES
@@ -13,9 +13,7 @@ from fap_testing.strategies import cases, window_sizes
 
 OUTPUTS = {"backward", "lse", "lse_gradient", "dropout_mask", "deterministic", "error_messages"}
 INPUT_FEATURES = sorted(FEATURES.keys() - OUTPUTS)
-QUICKLY = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+QUICKLY = settings(max_examples=30, deadline=None)
 
 
 @settings(QUICKLY, derandomize=True)

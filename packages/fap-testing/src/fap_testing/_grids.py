@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from fap_testing.cases import LAYOUTS, Case
+from fap_testing.cases import HUGE_LAYOUTS, LAYOUTS, Case
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,6 +145,16 @@ def _layouts() -> Iterator[Case]:
     for layout, head_dim in product(LAYOUTS[1:], (64, 96, 128)):
         yield _full(
             f"layout_{layout}_d{head_dim}", (300, 300), (4, 2), batch=2, layout=layout, head_dim=head_dim
+        )
+    for layout in HUGE_LAYOUTS:
+        yield Case(
+            name=f"layout_{layout}",
+            batch=2,
+            seqlen_q=40,
+            seqlen_k=40,
+            layout=layout,
+            causal=True,
+            tags=frozenset({"huge"}),
         )
 
 

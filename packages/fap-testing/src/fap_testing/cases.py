@@ -1,7 +1,8 @@
 """Named attention calls that cover every corner of flash_attn_func's contract. Imports no torch.
 
-``select("quick")`` is small enough for Triton's interpreter on a CPU; ``select("full")`` is everything, and
-wants a GPU. Other tags name a topic: ``select("quick", "window")``. ``find("window_7_3_50x20")`` is one case.
+``select("quick")`` is small enough for Triton's interpreter on a CPU; ``select("full")`` holds it and more,
+and wants a GPU; ``select("huge")`` reaches past 2^31 elements and wants a large one. Other tags name a topic:
+``select("quick", "window")``. ``find("window_7_3_50x20")`` is one case.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
 
-__all__ = ["FEATURES", "LAYOUTS", "Case", "Layout", "all_cases", "find", "select"]
+__all__ = ["FEATURES", "HUGE_LAYOUTS", "LAYOUTS", "Case", "Layout", "all_cases", "find", "select"]
 
 Layout = Literal[
     "contiguous",
@@ -21,8 +22,12 @@ Layout = Literal[
     "qkv_packed",
     "kv_packed",
     "last_stride_2",
+    "far_batches",
+    "far_rows",
 ]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+# These spread a few values over more than 2^31 elements: for a GPU with some 50 GB to spare.
+HUGE_LAYOUTS: tuple[Layout, ...] = ("far_batches", "far_rows")
+LAYOUTS: tuple[Layout, ...] = tuple(name for name in get_args(Layout) if name not in HUGE_LAYOUTS)
 
 FEATURES: dict[str, str] = {
     "softmax_scale": "a softmax_scale other than 1 / sqrt(head_dim)",
@@ -58,7 +63,7 @@ class Case:
             head_dim)`` and of k and v ``(batch, seqlen_k, nheads_k, head_dim)``.
         softmax_scale, causal, window_size, softcap, dropout_p: flash_attn_func's options.
         alibi: None, ``"head"`` for slopes ``(nheads,)`` or ``"batch_head"`` for ``(batch, nheads)``.
-        layout: how q, k and v lie in memory, one of :data:`LAYOUTS`.
+        layout: how q, k and v lie in memory, one of :data:`LAYOUTS` or :data:`HUGE_LAYOUTS`.
         tags: what :func:`select` selects by.
 
     Raises:
@@ -84,8 +89,9 @@ class Case:
     def __post_init__(self) -> None:
         if self.nheads_k < 1 or self.nheads % self.nheads_k:
             raise ValueError(f"nheads_k must divide nheads, got {self.nheads_k} and {self.nheads}")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        layouts = get_args(Layout)
+        if self.layout not in layouts:
+            raise ValueError(f"layout must be one of {', '.join(layouts)}, got {self.layout!r}")
         if self.layout == "qkv_packed" and self.seqlen_q != self.seqlen_k:
             raise ValueError(
                 "layout 'qkv_packed' needs equal lengths, "

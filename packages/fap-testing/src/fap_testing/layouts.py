@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fap_testing.cases import HUGE_LAYOUTS
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fap_testing.cases import Case
 
@@ -105,6 +107,8 @@ def place_qkv(case: Case) -> list[dict[str, Placement]]:
         "unaligned": lambda shape: _stored(shape, gaps=(0, 0, 0, 1), offset=1),
         "last_stride_2": lambda shape: _stored(shape, step=2),
     }
+    if case.layout in HUGE_LAYOUTS:
+        return [_side_by_side(shapes, far_dim=HUGE_LAYOUTS.index(case.layout))]
     place = places[case.layout]
     return [{name: place(shape)} for name, shape in shapes.items()]
 
@@ -128,6 +132,20 @@ def _stored(
         strides[dim] = stride
         stride *= max(shape[dim] + gaps[dim], 1)
     return Placement(shape, tuple(strides), offset)
+
+
+def _side_by_side(shapes: Mapping[str, tuple[int, ...]], *, far_dim: int) -> dict[str, Placement]:
+    """Put all tensors into one buffer, with the far dimension's last element 2^31 elements past its first."""
+    far_stride = math.ceil(((1 << 31) + _ALIGNMENT) / (shapes["q"][far_dim] - 1) / _ALIGNMENT) * _ALIGNMENT
+    placements: dict[str, Placement] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        near = _contiguous((*shape[:far_dim], 1, *shape[far_dim + 1 :]))
+        strides = [*near.strides]
+        strides[far_dim] = far_stride
+        placements[name] = Placement(shape, tuple(strides), offset)
+        offset += math.ceil(near.end / _ALIGNMENT) * _ALIGNMENT
+    return placements
 
 
 def _packed_heads(shapes: dict[str, tuple[int, ...]]) -> dict[str, Placement]:

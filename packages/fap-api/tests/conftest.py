@@ -18,7 +18,11 @@ def _automatic_choice(monkeypatch):
     # Packages and Triton's interpreter come and go between tests, as they never do in a program.
     _call._plans.clear()
     torch.manual_seed(0)
+    # The tensors are tiny: on a busy machine, threads that wait for each other take ten times the work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     fap_api.use_backend(None)
     _call._plans.clear()
 

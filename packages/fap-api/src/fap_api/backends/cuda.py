@@ -46,8 +46,7 @@ class CudaBackend:
         """Return what flash-attn lacks for ``problem``."""
         seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
         left, right = problem.window_left, problem.window_right
-        # It takes a right bound of seqlen_k or more for none, and none beside a left bound for seqlen_k.
-        clamped = seqlen_k <= right < seqlen_q - 1 or (left >= 0 and right < 0 and seqlen_k < seqlen_q - 1)
+        taken = _right_bound_as_taken(left, right, seqlen_k)
         reasons = []
         if problem.device.type != "cuda":
             reasons.append(f"it runs on CUDA tensors, got tensors on {problem.device}")
@@ -55,10 +54,10 @@ class CudaBackend:
             reasons.append(f"it has float16 and bfloat16 only, got {problem.dtype}")
         if problem.batch == 0 or seqlen_q == 0:
             reasons.append(f"it has no empty calls, got batch {problem.batch} and seqlen_q {seqlen_q}")
-        if clamped:
+        if taken != right and (0 <= taken < seqlen_q - 1 or 0 <= right < seqlen_q - 1):
             reasons.append(
-                f"it changes window_size ({left}, {right}) where seqlen_q > seqlen_k + 1, "
-                f"got seqlen_q {seqlen_q} and seqlen_k {seqlen_k}"
+                f"it takes window_size ({left}, {right}) for ({left}, {taken}), which hides other keys "
+                f"with seqlen_q {seqlen_q} and seqlen_k {seqlen_k}"
             )
         if problem.softcap > 0.0 and problem.dropout_p > 0.0:
             reasons.append(f"it has no softcap with dropout, got {problem.softcap} and {problem.dropout_p}")
@@ -140,6 +139,13 @@ def _options(score: Score) -> tuple[float, float, bool, int, int, float, torch.T
     slopes = None if score.alibi_slopes is None else unit_last_stride(score.alibi_slopes)
     window = score.window_left, score.window_right
     return (score.dropout_p, score.softmax_scale, causal, *window, score.softcap, slopes)
+
+
+def _right_bound_as_taken(left: int, right: int, seqlen_k: int) -> int:
+    """Return what flash-attn makes of ``window_size[1]``; its left bound it takes as documented."""
+    if right >= seqlen_k:
+        right = -1
+    return seqlen_k if right < 0 and 0 <= left < seqlen_k else right
 
 
 def _alibi_shift(score: Score, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:

@@ -40,12 +40,18 @@ def check_operators(dropout_p, backend, device, dtype):
         opcheck(OPERATORS.attention_probabilities.default, (q, k, lse, rng_state, *options, backend))
 
 
+# From torch 2.15 on, opcheck itself looks at the .grad of tensors that are no leaves.
+opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@opcheck_warns
 @each_dropout
 def test_opcheck(dropout_p):
     check_operators(dropout_p, "torch", "cpu", torch.float32)
 
 
 @pytest.mark.gpu
+@opcheck_warns
 @each_dropout
 def test_opcheck_on_gpu(dropout_p):
     check_operators(dropout_p, "triton", "cuda", torch.float16)
@@ -120,7 +126,8 @@ class TestCompile:
         with fap_api.use_backend("torch"):
             compiled(q, k, v)
             assert compile_counter["unique_graphs"] == 2
-        with fap_api.use_backend("triton"), pytest.raises(Exception, match="got cpu"):
+        # Older compilers name the error of a traced call, but do not repeat its message.
+        with fap_api.use_backend("triton"), pytest.raises(Exception, match="got cpu|RuntimeError"):
             compiled(q, k, v)
 
     @pytest.mark.gpu

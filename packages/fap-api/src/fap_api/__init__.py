@@ -13,3 +13,4 @@ __all__ = [
     "flash_attn_qkvpacked_func",
     "use_backend",
 ]
+__version__ = "0.1.0"

@@ -70,8 +70,9 @@ def attention(
     if not plan.dropout_p:
         return out, softmax_lse, torch.empty(0, dtype=q.dtype, device=q.device)
     # S_dmask has no gradient, as in flash-attn.
+    scale, left, right, softcap, dropout_p, _, backend = plan
     tensors = q.detach(), k.detach(), softmax_lse.detach(), rng_state, slopes
-    s_dmask = _ops.attention_probabilities(*tensors, *plan[:5], plan.backend)
+    s_dmask = _ops.attention_probabilities(*tensors, scale, left, right, softcap, dropout_p, backend)
     return out, softmax_lse, s_dmask
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fap_testing.inputs import CaseInputs, make_inputs
 from fap_testing.reference import (
     AttentionGradients,
     attention_baseline_gradients,
@@ -15,12 +16,16 @@ from fap_testing.reference import (
 from fap_testing.tolerances import BASELINE_FACTOR, assert_close_to_oracle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from fap_testing.cases import Case
-    from fap_testing.inputs import CaseInputs
 
 __all__ = ["Expectation", "expect"]
+
+_ROUNDED = ("out", "dq", "dk", "dv")
+_ENOUGH_ROWS = 64
+_MOST_REDRAWS = 12
+_REDRAW_SEED = 1_000_003
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,17 +36,15 @@ class Expectation:
         case: what was computed.
         oracle: float64 results.
         baseline: the same from plain PyTorch in the inputs' dtype.
-        stored_out_error: how far dq and dk stray, by name, for reading out as the baseline rounded it. Eager
-            PyTorch does not read it, but flash-attention's backward pass does: it takes
-            ``delta = rowsum(dout * out)`` from the stored out.
+        allowance: for each tensor, what its baseline's error leaves out; see :func:`expect`.
         factor, atol: the errors allowed, as for :func:`fap_testing.tolerances.error_bound`. To a default
-            atol, ``factor * stored_out_error`` is added.
+            atol, ``factor * allowance`` is added.
     """
 
     case: Case
     oracle: AttentionGradients
     baseline: AttentionGradients
-    stored_out_error: Mapping[str, float]
+    allowance: Mapping[str, float]
     factor: float = BASELINE_FACTOR
     atol: float | None = None
 
@@ -64,7 +67,7 @@ class Expectation:
         for name, actual in tensors.items():
             oracle = getattr(self.oracle, name)
             baseline = getattr(self.baseline, name)
-            extra = self.factor * self.stored_out_error.get(name, 0.0) if self.atol is None else 0.0
+            extra = self.factor * self.allowance.get(name, 0.0) if self.atol is None else 0.0
             options: dict[str, Any] = {"factor": self.factor, "atol": self.atol, "extra_atol": extra}
             assert_close_to_oracle(actual, oracle, baseline, name=name, case=self.case, **options)
             if name in ("out", "dq") and actual[keyless].count_nonzero():
@@ -82,6 +85,11 @@ def expect(
 ) -> Expectation:
     """Compute what a case's out, softmax_lse, dq, dk and dv must be.
 
+    In 16 bits, the baseline's own error is no fair measure in two ways, for which the result makes an
+    allowance. Flash-attention's backward pass takes ``delta = rowsum(dout * out)`` from the stored out, so
+    out's rounding enters dq and dk; eager PyTorch has no such step. And with a few rows, the baseline's error
+    is a matter of luck; so the worst of several draws of the same case counts.
+
     Args:
         inputs: from :func:`fap_testing.inputs.make_inputs`.
         keep_mask: bool ``(batch, nheads, seqlen_q, seqlen_k)``; required iff the case has dropout.
@@ -89,34 +97,59 @@ def expect(
             of both. At least one.
         factor, atol: the errors allowed, as for :func:`fap_testing.tolerances.error_bound`.
     """
-    dout = inputs.dout if use_dout else None
-    dlse = inputs.dlse if use_dlse else None
-    options = {**inputs.options, "keep_mask": keep_mask}
+
+    def measure(drawn: CaseInputs) -> _Sample:
+        dout = drawn.dout if use_dout else None
+        dlse = drawn.dlse if use_dlse else None
+        return _measure(drawn, dout, dlse, {**drawn.options, "keep_mask": keep_mask})
+
+    own = measure(inputs)
+    allowance: dict[str, float] = {}
+    if inputs.q.dtype in (torch.float16, torch.bfloat16):
+        errors = [own.errors(), *(measure(drawn).errors() for drawn in _redraws(inputs))]
+        for name, error in own.baseline_errors().items():
+            allowance[name] = max(sample[name] for sample in errors) - error
+    return Expectation(inputs.case, own.oracle, own.baseline, allowance, factor, atol)
+
+
+class _Sample(NamedTuple):
+    """One draw of a case: the truth, the baseline, and what the baseline's out does to dq and dk."""
+
+    oracle: AttentionGradients
+    baseline: AttentionGradients
+    stored_out_errors: Mapping[str, float]
+
+    def baseline_errors(self) -> dict[str, float]:
+        """The baseline's largest error in each tensor but the LSE, which is no 16-bit matter."""
+        pairs = {name: (getattr(self.baseline, name), getattr(self.oracle, name)) for name in _ROUNDED}
+        return {name: _largest(actual - oracle) for name, (actual, oracle) in pairs.items()}
+
+    def errors(self) -> dict[str, float]:
+        """The same, with the error of reading the stored out."""
+        return {n: error + self.stored_out_errors.get(n, 0.0) for n, error in self.baseline_errors().items()}
+
+
+def _measure(
+    inputs: CaseInputs, dout: torch.Tensor | None, dlse: torch.Tensor | None, options: dict[str, Any]
+) -> _Sample:
     oracle = attention_reference_gradients(inputs.q, inputs.k, inputs.v, dout, dlse, **options)
     baseline = attention_baseline_gradients(inputs.q, inputs.k, inputs.v, dout, dlse, **options)
-    return Expectation(
-        case=inputs.case,
-        oracle=oracle,
-        baseline=baseline,
-        stored_out_error=_stored_out_error(inputs, oracle, baseline, options) if use_dout else {},
-        factor=factor,
-        atol=atol,
-    )
-
-
-def _stored_out_error(
-    inputs: CaseInputs, oracle: AttentionGradients, baseline: AttentionGradients, options: dict[str, Any]
-) -> dict[str, float]:
-    """What the baseline's error in out does to dq and dk through delta.
-
-    An error of delta acts as a gradient of the LSE with the opposite sign does, so the oracle can tell.
-    """
-    if (
-        inputs.q.dtype not in (torch.float16, torch.bfloat16)
-        or oracle.dq.numel() == 0
-        or oracle.dk.numel() == 0
-    ):
-        return {}
-    delta_error = ((baseline.out.double() - oracle.out) * inputs.dout.double()).sum(-1).transpose(1, 2)
+    if dout is None or inputs.q.dtype not in (torch.float16, torch.bfloat16):
+        return _Sample(oracle, baseline, {})
+    # An error of delta acts as a gradient of the LSE with the opposite sign does, so the oracle can tell.
+    delta_error = ((baseline.out.double() - oracle.out) * dout.double()).sum(-1).transpose(1, 2)
     effect = attention_reference_gradients(inputs.q, inputs.k, inputs.v, None, delta_error, **options)
-    return {"dq": float(effect.dq.abs().max()), "dk": float(effect.dk.abs().max())}
+    return _Sample(oracle, baseline, {"dq": _largest(effect.dq), "dk": _largest(effect.dk)})
+
+
+def _redraws(inputs: CaseInputs) -> Iterator[CaseInputs]:
+    """Draw the same case again, the more often the fewer rows it has."""
+    case = inputs.case
+    rows = case.batch * min(case.seqlen_q * case.nheads, case.seqlen_k * case.nheads_k)
+    draws = min(_MOST_REDRAWS, _ENOUGH_ROWS // rows) if rows else 0
+    for seed in range(_REDRAW_SEED, _REDRAW_SEED + draws):
+        yield make_inputs(case, dtype=inputs.q.dtype, device=inputs.q.device, seed=seed, poison=False)
+
+
+def _largest(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0

@@ -78,3 +78,24 @@ def test_a_changed_window_tensor_is_read_again(qkv):
 def test_unknown_keywords_are_refused(qkv):
     with pytest.raises(TypeError, match="sinks"):
         fap_api.flash_attn_func(*qkv, sinks=None)
+
+
+# PyTorch's forward mode compiles some of itself with its own deprecated compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_forward_mode_tangents_are_refused_rather_than_lost(qkv, name):
+    position = "qkv".index(name)
+
+    def attention(x):
+        tensors = [*qkv]
+        tensors[position] = x
+        return fap_api.flash_attn_func(*tensors)
+
+    x = qkv[position]
+    with pytest.raises(RuntimeError, match=f"^{name} must not carry a forward-mode tangent"):
+        torch.func.jvp(attention, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        attention(x)
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match=f"^{name} must not carry"):
+            attention(dual)

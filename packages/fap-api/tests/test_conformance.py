@@ -51,6 +51,12 @@ class TestTriton(AttentionConformance):
 
 
 @pytest.mark.gpu
+class TestTritonFloat32(AttentionConformance):
+    subject = Subject(attention=on("triton"), dtypes=(torch.float32,), device="cuda", repeats=5)
+    cases = [case for case in select("quick") if case.name.startswith(("combined", "window", "dropout"))]
+
+
+@pytest.mark.gpu
 class TestTorchOnGpu(AttentionConformance):
     subject = Subject(attention=on("torch"), dtypes=(torch.bfloat16, torch.float64), device="cuda", repeats=3)
     cases = [case for case in select("quick") if case.name.startswith(("combined", "window", "dropout"))]

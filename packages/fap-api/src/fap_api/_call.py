@@ -6,8 +6,10 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 from fap_api import _flops, _ops
+from fap_api._validate import refuse_tangents
 from fap_api.backends import select
 from fap_kernels.problem import AttentionProblem
 
@@ -57,8 +59,11 @@ def attention(
     plan = _plan(q, k, v, options)
     slopes = options.alibi_slopes
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._len_torch_dispatch_stack():
-        _flops.teach_active_counters()
+    if not compiling:
+        if torch._C._len_torch_dispatch_stack():
+            _flops.teach_active_counters()
+        if forward_ad._current_level >= 0:
+            refuse_tangents(q, k, v)
     if compiling or _needs_grad(q, k, v):
         out, softmax_lse, rng_state = _ops.attention_forward(q, k, v, slopes, *plan)
     else:

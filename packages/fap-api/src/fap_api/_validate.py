@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["split_packed"]
+__all__ = ["refuse_tangents", "split_packed"]
 
 
 def split_packed(name: str, packed: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
@@ -22,3 +22,16 @@ def split_packed(name: str, packed: torch.Tensor, parts: int) -> tuple[torch.Ten
         )
     # unbind's backward is one stack; indexing part by part would fill a whole zero tensor for each.
     return packed.unbind(2)
+
+
+def refuse_tangents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise where forward-mode differentiation would otherwise lose its tangents without a word.
+
+    Raises:
+        RuntimeError: q, k or v carries a tangent.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name} must not carry a forward-mode tangent, got one; accepted: reverse-mode only"
+            )

@@ -282,7 +282,9 @@ def _gradients(
             raise ValueError(f"{name} must have shape {tuple(y.shape)}, got {tuple(dy.shape)}")
     _, ys, dys = zip(*given, strict=True)
     # The LSE does not depend on v: materialize_grads makes that a gradient of zero.
-    dq, dk, dv = torch.autograd.grad(ys, leaves, dys, materialize_grads=True)
+    gradients = torch.autograd.grad(ys, leaves, dys, materialize_grads=True)
+    # A materialised zero requires grad itself in some versions of PyTorch.
+    dq, dk, dv = (dx.detach() for dx in gradients)
     return AttentionGradients(result.out.detach(), result.softmax_lse.detach(), dq, dk, dv)
 
 

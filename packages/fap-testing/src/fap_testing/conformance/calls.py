@@ -102,7 +102,7 @@ def call(
     for name, x, dx in (("dq", q, dq), ("dk", k, dk), ("dv", v, dv)):
         _check_like(name, dx, x.shape, x.dtype, x.device)
     lse = None if result.softmax_lse is None else result.softmax_lse.detach()
-    return CallResult(result.out.detach(), lse, result.s_dmask, dq, dk, dv)
+    return CallResult(result.out.detach(), lse, result.s_dmask, dq.detach(), dk.detach(), dv.detach())
 
 
 def forward(

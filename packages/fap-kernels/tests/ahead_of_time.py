@@ -57,7 +57,10 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
 
 def _describe(value, path, is_constexpr, unspecialized, constexprs, attributes):
     if isinstance(value, tuple):
-        return tuple(_describe(x, (*path, i), False, unspecialized, constexprs, attributes) for i, x in enumerate(value))
+        return tuple(
+            _describe(x, (*path, i), False, unspecialized, constexprs, attributes)
+            for i, x in enumerate(value)
+        )
     if is_constexpr or value is None or (not unspecialized and type(value) is int and value == 1):
         constexprs[path] = value
         return "constexpr"
@@ -80,7 +83,11 @@ def _resources(compiled, chip) -> tuple[int, int, tuple[str, ...]]:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         return registers, 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]), ()
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = tools / "ptxas-blackwell" if chip == "sm_100" and (tools / "ptxas-blackwell").exists() else tools / "ptxas"
+    ptxas = (
+        tools / "ptxas-blackwell"
+        if chip == "sm_100" and (tools / "ptxas-blackwell").exists()
+        else tools / "ptxas"
+    )
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
@@ -90,4 +97,8 @@ def _resources(compiled, chip) -> tuple[int, int, tuple[str, ...]]:
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
-    return int(re.search(r"Used (\d+) registers", report)[1]), spills, tuple(re.findall(r"\(C7\d+\)[^\n]*", report))
+    return (
+        int(re.search(r"Used (\d+) registers", report)[1]),
+        spills,
+        tuple(re.findall(r"\(C7\d+\)[^\n]*", report)),
+    )

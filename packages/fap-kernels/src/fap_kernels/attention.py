@@ -49,7 +49,8 @@ def attention_forward(
         window_size: ``(left, right)`` in keys; -1 is no bound.
         softcap: c > 0 replaces each scaled product s by ``c * tanh(s / c)``.
         alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``.
-        dropout_p: probability in [0, 1) of dropping a weight; kept ones are scaled by ``1 / (1 - dropout_p)``.
+        dropout_p: probability in [0, 1) of dropping a weight; the kept are scaled by
+            ``1 / (1 - dropout_p)``.
         rng_state: int64 ``(2,)`` on q's device, seed and offset of the dropout mask, to draw a mask again.
             Drawn from the device's generator if None.
 
@@ -140,7 +141,7 @@ def attention_backward(
     lse, delta = (_row_vector(problem, rows_padded) for _ in range(2))
     inputs = BackwardInputs(q, k, v, dout, lse, delta, alibi_slopes, rng_state)
     target = target_of(q.device)
-    plan_delta(problem, target, out, softmax_lse.contiguous(), dlse, inputs).run(q.device)
+    plan_delta(problem, out, softmax_lse.contiguous(), dlse, inputs).run(q.device)
     plan_dkdv(problem, target, inputs, dk, dv).run(q.device)
     plan_dq(problem, target, inputs, dq).run(q.device)
     return dq, dk, dv
@@ -187,15 +188,15 @@ def attention_probabilities(
     if problem.dropout_p > 0.0 and rng_state is None:
         raise ValueError("rng_state must be what the forward pass returned when dropout_p > 0, got None")
     from .forward.launch import PROBABILITY_TILE, plan_probabilities
-    from .target import target_of
 
     rng_state = _rng_state(problem, rng_state)
     q, k = _unit_last_stride(q, k)
-    rows, columns = (-(-n // PROBABILITY_TILE) * PROBABILITY_TILE for n in (problem.seqlen_q, problem.seqlen_k))
+    rows, columns = (
+        -(-n // PROBABILITY_TILE) * PROBABILITY_TILE for n in (problem.seqlen_q, problem.seqlen_k)
+    )
     weights = torch.empty((problem.batch, problem.nheads, rows, columns), dtype=q.dtype, device=q.device)
-    plan_probabilities(
-        problem, target_of(q.device), q, k, softmax_lse.contiguous(), weights, alibi_slopes, rng_state
-    ).run(q.device)
+    launch = plan_probabilities(problem, q, k, softmax_lse.contiguous(), weights, alibi_slopes, rng_state)
+    launch.run(q.device)
     return weights
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .head_dim import split_head_dim
+
 if TYPE_CHECKING:
     from .problem import AttentionProblem
     from .target import Target
@@ -23,7 +25,6 @@ __all__ = [
     "option_arguments",
     "part_arguments",
     "row_arguments",
-    "split_head_dim",
     "strides_of",
 ]
 
@@ -70,20 +71,6 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """The power-of-two parts that hold a head dimension; the second is 0 where one part does.
-
-    A part is at least 16, the least that tensor cores multiply. Of the sums of two parts the smallest
-    that holds ``head_dim`` is taken: 40 = 32 + 8 is held as 32 + 16, 96 as 64 + 32, 111 as 128.
-    """
-    whole = max(16, 1 << (head_dim - 1).bit_length())
-    head = whole // 2
-    tail = 16
-    while head + tail < head_dim:
-        tail *= 2
-    return (head, tail) if head >= 16 and head + tail < whole else (whole, 0)
-
-
 def part_arguments(head_dim: int) -> dict[str, int]:
     """The constexprs that describe the head dimension."""
     part0, part1 = split_head_dim(head_dim)
@@ -115,8 +102,10 @@ def _descriptor_fits(x: torch.Tensor) -> bool:
     )
 
 
-def row_arguments(name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool) -> dict[str, Any]:
-    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``: ``name``, its tail, its strides."""
+def row_arguments(
+    name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool
+) -> dict[str, Any]:
+    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``."""
     if not use_descriptors:
         return {name: x, f"{name}_tail": None, f"{name}_strides": strides_of(x)}
     tail = _descriptor(x, rows, parts[1]) if parts[1] else None
@@ -153,9 +142,14 @@ def option_arguments(
         "group": problem.nheads // problem.nheads_k,
         "seqlen_q": problem.seqlen_q,
         "seqlen_k": problem.seqlen_k,
-        "window_left": problem.window_left if problem.window_left >= 0 else None,
-        "window_right": problem.window_right if problem.window_right >= 0 else None,
+        "window_left": _bound(problem, problem.window_left),
+        "window_right": _bound(problem, problem.window_right),
         "softmax_scale": problem.softmax_scale,
         "softcap": problem.softcap or None,
         "FOLD_SCALE": problem.softcap == 0.0 and problem.alibi is None and problem.softmax_scale > 0.0,
     }
+
+
+def _bound(problem: AttentionProblem, window: int) -> int | None:
+    # No distance exceeds the sum of the lengths; a larger bound would overflow the kernels' 32-bit positions.
+    return None if window < 0 else min(window, problem.seqlen_q + problem.seqlen_k)

@@ -31,7 +31,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     else:
         reasons.append(
             f"tensors must be on a CUDA or ROCm device, got {problem.device} "
-            "(on the CPU the kernels run in Triton's interpreter if TRITON_INTERPRET=1 is set before they are imported)"
+            "(on the CPU the kernels run in Triton's interpreter "
+            "if TRITON_INTERPRET=1 is set before they are imported)"
         )
     return reasons
 

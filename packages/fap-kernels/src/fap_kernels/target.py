@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -17,7 +17,8 @@ class Target:
     Attributes:
         family: ``sm_80`` (Ampere and Ada, consumer Blackwell), ``sm_90`` (Hopper), ``sm_100`` (data-centre
             Blackwell), ``gfx9`` (AMD CDNA) or ``interpreter``.
-        shared_memory: bytes of shared memory one program may use.
+        shared_memory: bytes that a program of any chip of the family may use; the tables are tested to stay
+            below it.
         descriptors: whether the chip fetches tiles by descriptor (TMA).
     """
 
@@ -26,8 +27,8 @@ class Target:
     descriptors: bool
 
 
-SM_80 = Target("sm_80", 163 * 1024, descriptors=False)
-SM_86 = Target("sm_80", 99 * 1024, descriptors=False)
+# A100 has 163 KB; the rest of its family (sm_86, sm_89, sm_120) has 99 KB, and one table serves them all.
+SM_80 = Target("sm_80", 99 * 1024, descriptors=False)
 SM_90 = Target("sm_90", 227 * 1024, descriptors=True)
 SM_100 = Target("sm_100", 227 * 1024, descriptors=True)
 GFX9 = Target("gfx9", 64 * 1024, descriptors=False)
@@ -41,21 +42,21 @@ def target_of(device: torch.device) -> Target:
     return _target_of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _target_of_index(index: int) -> Target:
     if torch.version.hip is not None:
         return GFX9
     capability = torch.cuda.get_device_capability(index)
     if capability[0] == 9:
         return SM_90
-    if capability[0] == 10:
+    if capability[0] in (10, 11):
         return SM_100
-    return SM_80 if capability in {(8, 0), (8, 7)} else SM_86
+    return SM_80
 
 
-@lru_cache(maxsize=None)
+@cache
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs this package's kernels: TRITON_INTERPRET=1 before they were imported."""
+    """Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1 was set before they were imported."""
     from triton.runtime.jit import JITFunction
 
     from .forward.kernel import attention_forward_kernel

@@ -1,0 +1,1 @@
+"""The backward pass: delta, dK and dV, dQ; configuration tables, launches."""

@@ -31,7 +31,14 @@ def attention_delta_kernel(
         rows.Rows(out, None, out_strides, batch, seqlen_q), head, first, BLOCK_M, HEAD_DIM, PART0, PART1, True
     )
     dout_tile = rows.load(
-        rows.Rows(dout, None, dout_strides, batch, seqlen_q), head, first, BLOCK_M, HEAD_DIM, PART0, PART1, True
+        rows.Rows(dout, None, dout_strides, batch, seqlen_q),
+        head,
+        first,
+        BLOCK_M,
+        HEAD_DIM,
+        PART0,
+        PART1,
+        True,
     )
     row_delta = parts.row_dot(out_tile, dout_tile)
     row = first + tl.arange(0, BLOCK_M)

@@ -59,14 +59,16 @@ def attention_dkdv_kernel(
         for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.start + index % count * BLOCK_M, first_key,
-                k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
+                k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
+                window, score, dropout, keep_scale, dk_acc, dv_acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     count = tl.cdiv(visit.outer - visit.inner, BLOCK_M)
     for index in tl.range(0, count * group, num_stages=STAGES):
         dk_acc, dv_acc = _gather(
             head_k * group + index // count, visit.inner + index % count * BLOCK_M, first_key,
-            k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
+            k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
+            window, score, dropout, keep_scale, dk_acc, dv_acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     if window_left is not None:
@@ -74,7 +76,8 @@ def attention_dkdv_kernel(
         for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.outer + index % count * BLOCK_M, first_key,
-                k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
+                k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
+                window, score, dropout, keep_scale, dk_acc, dv_acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
 
@@ -90,7 +93,8 @@ def attention_dkdv_kernel(
 @triton.jit
 def _gather(
     head, first_query, first_key,
-    k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded, window, score, dropout, keep_scale, dk_acc, dv_acc,
+    k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
+    window, score, dropout, keep_scale, dk_acc, dv_acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip

@@ -1,9 +1,9 @@
 """dQ: one query tile sweeps the keys it sees, as the forward pass does.
 
-    tile of queries ──> for each tile of keys it sees:   S = Q K^T,  dP = dO V^T
-                                                         P, dS
-                                                         dQ += dS K
-                    ──> dQ * softmax_scale
+tile of queries ──> for each tile of keys it sees:   S = Q K^T,  dP = dO V^T
+                                                     P, dS
+                                                     dQ += dS K
+                ──> dQ * softmax_scale
 """
 
 from __future__ import annotations
@@ -47,22 +47,24 @@ def attention_dq_kernel(
     acc = parts.zeros(BLOCK_M, PART0, PART1)
     visit = tiles.keys_to_visit(window, first_query, BLOCK_M, BLOCK_N)
     if window_left is not None:
-        for first_key in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES):
+        for first_key in tl.range(
+            visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES
+        ):
             acc = _gather(
-                head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
-                window, score, dropout, keep_scale, acc,
+                head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
+                first_query, first_key, window, score, dropout, keep_scale, acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
         acc = _gather(
-            head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
-            window, score, dropout, keep_scale, acc,
+            head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
+            first_query, first_key, window, score, dropout, keep_scale, acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
         acc = _gather(
-            head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
-            window, score, dropout, keep_scale, acc,
+            head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
+            first_query, first_key, window, score, dropout, keep_scale, acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
 
@@ -72,8 +74,8 @@ def attention_dq_kernel(
 
 @triton.jit
 def _gather(
-    head, head_k, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta, first_query, first_key,
-    window, score, dropout, keep_scale, acc,
+    head, head_k, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
+    first_query, first_key, window, score, dropout, keep_scale, acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip

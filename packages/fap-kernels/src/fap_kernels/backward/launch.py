@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..config import choose
 from ..launch import Launch, descriptors_fit, option_arguments, part_arguments, row_arguments, strides_of
-from .config import delta_config, dkdv_config, dq_config
+from .config import DELTA, DKDV, DQ
 from .delta import attention_delta_kernel
 from .dkdv import attention_dkdv_kernel
 from .dq import attention_dq_kernel
@@ -44,14 +45,13 @@ class BackwardInputs(NamedTuple):
 
 def plan_delta(
     problem: AttentionProblem,
-    target: Target,
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
     dlse: torch.Tensor | None,
     inputs: BackwardInputs,
 ) -> Launch:
     """The launch that fills ``inputs.lse`` and ``inputs.delta``."""
-    config = delta_config(problem, target)
+    config = DELTA
     rows_padded = inputs.delta.shape[2]
     return Launch(
         kernel=attention_delta_kernel,
@@ -85,7 +85,7 @@ def plan_dkdv(
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv``; ``config`` overrides the table."""
-    config = config or dkdv_config(problem, target)
+    config = config or choose(DKDV, problem, target)
     return Launch(
         kernel=attention_dkdv_kernel,
         programs=problem.batch * problem.nheads_k * -(-problem.seqlen_k // config.block_n),
@@ -109,7 +109,7 @@ def plan_dq(
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills ``dq``; ``config`` overrides the table."""
-    config = config or dq_config(problem, target)
+    config = config or choose(DQ, problem, target)
     return Launch(
         kernel=attention_dq_kernel,
         programs=problem.batch * problem.nheads * -(-problem.seqlen_q // config.block_m),

@@ -53,20 +53,22 @@ def attention_forward_kernel(
     acc = parts.zeros(BLOCK_M, PART0, PART1)
     visit = tiles.keys_to_visit(window, first_query, BLOCK_M, BLOCK_N)
     if window_left is not None:
-        for first_key in tl.range(visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES):
+        for first_key in tl.range(
+            visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES
+        ):
             acc, row_max, row_sum = _attend(
-                head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
-                HEAD_DIM, PART0, PART1, BLOCK_N, True,
+                head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+                acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
         acc, row_max, row_sum = _attend(
-            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
-            HEAD_DIM, PART0, PART1, BLOCK_N, False,
+            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+            acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
         acc, row_max, row_sum = _attend(
-            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
-            HEAD_DIM, PART0, PART1, BLOCK_N, True,
+            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+            acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
         )  # fmt: skip
 
     factor, row_lse = softmax.finish(row_max, row_sum)
@@ -80,9 +82,9 @@ def attention_forward_kernel(
 
 @triton.jit
 def _attend(
-    head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout, acc, row_max, row_sum,
-    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+    acc, row_max, row_sum, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Let the query tile take in the key tile at ``first_key``."""
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -95,7 +97,5 @@ def _attend(
     if dropout is not None:
         weights = tl.where(drop.survives(dropout, head, queries[:, None], keys[None, :]), weights, 0.0)
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
-    acc = parts.accumulate(
-        weights.to(v_tile[0].dtype), v_tile, parts.scale_rows(acc, rescale)
-    )
+    acc = parts.accumulate(weights.to(v_tile[0].dtype), v_tile, parts.scale_rows(acc, rescale))
     return acc, row_max, row_sum

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..config import choose
 from ..launch import Launch, descriptors_fit, option_arguments, part_arguments, row_arguments, strides_of
-from .config import forward_config, probabilities_config
+from .config import FORWARD, PROBABILITIES
 from .kernel import attention_forward_kernel
 from .probabilities import attention_probabilities_kernel
 
@@ -35,7 +36,7 @@ def plan_forward(
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills ``out`` and ``softmax_lse``; ``config`` overrides the table."""
-    config = config or forward_config(problem, target)
+    config = config or choose(FORWARD, problem, target)
     use_descriptors = descriptors_fit(target, q, k, v)
     part = part_arguments(problem.head_dim)
     sizes = part["PART0"], part["PART1"]
@@ -63,7 +64,6 @@ def plan_forward(
 
 def plan_probabilities(
     problem: AttentionProblem,
-    target: Target,
     q: torch.Tensor,
     k: torch.Tensor,
     softmax_lse: torch.Tensor,
@@ -72,7 +72,7 @@ def plan_probabilities(
     rng_state: torch.Tensor | None,
 ) -> Launch:
     """The launch that fills ``weights``, whose last two sizes are multiples of PROBABILITY_TILE."""
-    config = probabilities_config(problem, target)
+    config = PROBABILITIES
     part = part_arguments(problem.head_dim)
     sizes = part["PART0"], part["PART1"]
     rows, columns = weights.shape[2:]

@@ -20,7 +20,7 @@ def attention_probabilities_kernel(
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of ``weights`` ``(batch, nheads, rows_stored, columns_stored)``, dropped ones negative."""
+    """Write one tile of ``(batch, nheads, rows_stored, columns_stored)`` weights, dropped ones negative."""
     across = columns_stored // BLOCK_N
     pid = tl.program_id(0).to(tl.int64)
     first_key = (pid % across * BLOCK_N).to(tl.int32)

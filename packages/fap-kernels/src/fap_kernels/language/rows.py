@@ -27,9 +27,9 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def load(rows, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
-         BOUNDED: tl.constexpr):  # fmt: skip
-    """Rows ``first .. first + COUNT`` of a head, as parts. ``BOUNDED=False`` promises that all of them exist."""
+def load(rows, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: tl.constexpr,
+         PART1: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    """Rows ``first .. first + COUNT`` of a head, as parts. ``BOUNDED=False`` promises that all exist."""
     if PART1 == 0:
         return (_load_part(rows, rows.tensor, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),)
     else:
@@ -40,8 +40,8 @@ def load(rows, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: 
 
 
 @triton.jit
-def _load_part(rows, descriptor, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, START: tl.constexpr,
-               WIDTH: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+def _load_part(rows, descriptor, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr,
+               START: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     if rows.strides is None:
         # Rows and columns outside the tensor arrive as zeros.
         return descriptor.load([rows.batch, head, first, START]).reshape([COUNT, WIDTH])
@@ -97,6 +97,6 @@ def _addresses(rows, head, first, row, column):
 
 @triton.jit
 def store_vector(start, first, values, length, COUNT: tl.constexpr):
-    """Store one number a row to the rows ``first .. first + COUNT`` below ``length`` of a contiguous vector."""
+    """Store one number for each row ``first .. first + COUNT`` below ``length`` to a contiguous vector."""
     row = first + tl.arange(0, COUNT)
     tl.store(start + row, values, mask=row < length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import LN2, LOG2E
+from .scores import LN2
 
 
 @triton.jit

@@ -38,8 +38,8 @@ def keys_to_visit(window, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
     """The key positions that the query tile at ``first_query`` sees, in steps of ``BLOCK_N``."""
     last_query = tl.minimum(first_query + BLOCK_M, window.seqlen_q) - 1
     return _visit(
-        first_query + window.diagonal, last_query + window.diagonal, window.left, window.right, window.seqlen_k,
-        BLOCK_N,
+        first_query + window.diagonal, last_query + window.diagonal, window.left, window.right,
+        window.seqlen_k, BLOCK_N,
     )  # fmt: skip
 
 

@@ -1,28 +1,29 @@
-"""For the tests of all packages: `gpu` skips where there is none, and the interpreter is not contagious."""
+"""For the tests of all packages: which of them a process can run."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import pytest
 
-KERNEL_TESTS = Path(__file__).parent / "packages" / "fap-kernels"
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests to the kind of process they are for, and skip what is marked `gpu` where there is none.
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where CUDA is absent; torch is imported only if a test is marked."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    Triton's interpreter is chosen for a whole process, before kernels are imported, so `interpreter` tests
+    run in a process of their own, and no others do.
+    """
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    elsewhere = [item for item in items if bool(item.get_closest_marker("interpreter")) != interpreting]
+    config.hook.pytest_deselected(items=elsewhere)
+    kept = set(items) - set(elsewhere)
+    items[:] = [item for item in items if item in kept]
+
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not for_gpu:
         return
     import torch
 
     if not torch.cuda.is_available():
-        for item in marked:
+        for item in for_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo for all other tests that fap-kernels' tests choose Triton's interpreter for the whole process."""
-    if not request.node.path.is_relative_to(KERNEL_TESTS):
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -31,9 +31,12 @@ def demo(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("torch", list(MATRIX), ids=[f"torch={torch}" for torch in MATRIX])
 def tests(session: nox.Session, torch: str) -> None:
-    """Run the test suite on the CPU; arguments after `--` go to pytest."""
+    """Run the test suite on the CPU, kernels in Triton's interpreter; arguments after `--` go to pytest."""
     install_workspace(session, "test", torch)
-    session.run("pytest", "-m", "not gpu", *session.posargs)
+    pytest = ["pytest", "-m", "not gpu", *session.posargs]
+    no_tests_collected = 5  # where the arguments choose none of the tests for the interpreter
+    session.run(*pytest, env={"TRITON_INTERPRET": "1"}, success_codes=[0, no_tests_collected])
+    session.run(*pytest)
 
 
 @nox.session

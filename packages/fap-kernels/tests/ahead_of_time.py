@@ -83,11 +83,9 @@ def _resources(compiled, chip) -> tuple[int, int, tuple[str, ...]]:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         return registers, 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]), ()
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = (
-        tools / "ptxas-blackwell"
-        if chip == "sm_100" and (tools / "ptxas-blackwell").exists()
-        else tools / "ptxas"
-    )
+    # Triton carries a second, newer assembler, and writes newer PTX where it means to use it.
+    newer = tools / "ptxas-blackwell"
+    ptxas = newer if newer.exists() and (chip == "sm_100" or triton.__version__ >= "3.8") else tools / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])

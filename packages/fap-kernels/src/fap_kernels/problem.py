@@ -201,14 +201,15 @@ def _check_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim)
     scale = _as_float("softmax_scale", softmax_scale)
-    if not math.isfinite(scale):
+    # Compared, not asked math.isfinite: torch.compile traces a symbolic float through comparisons alone.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"softmax_scale must be finite, got {scale}")
     return scale
 
 
 def _check_softcap(softcap: float) -> float:
     value = _as_float("softcap", softcap)
-    if not (math.isfinite(value) and value >= 0.0):
+    if not 0.0 <= value < math.inf:
         raise ValueError(f"softcap must be finite and at least 0.0 (0.0 is off), got {value}")
     return value
 

@@ -9,8 +9,8 @@ __all__ = ["DELTA", "DKDV", "DQ"]
 # Reads out and dout once: any size that keeps the memory busy.
 DELTA = TileConfig(64, 64, 4, 1)
 
-# x FA2: FlashAttention-2's whole backward over this kernel alone, in the same run; H200, bf16,
-# 16,384 tokens, nheads * head_dim = 2048, Triton 3.6. The two kernels' shares add up: 1 / (1 / dkdv + 1 / dq).
+# x FA2: FlashAttention-2's whole backward over this kernel alone, in the same run; H200, bf16, 16,384
+# tokens of nheads * head_dim = 2048, Triton 3.6. The two kernels' shares add up: 1 / (1 / dkdv + 1 / dq).
 DKDV = (
     Row(family="sm_90", head_dim=64, config=TileConfig(32, 128, 4, 2), plain=True, bounded=False,
         why="s4k: 1.96x FA2; (64, 64) 1.70x; one more stage 1.84x"),

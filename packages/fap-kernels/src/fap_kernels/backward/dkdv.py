@@ -19,7 +19,7 @@ import triton.language as tl
 from ..language import dropout as drop
 from ..language import masks, parts, rows, scores, tiles
 from ..launch import UNSPECIALIZED
-from .step import weights_and_dscores
+from .step import products_grad, recompute_weights
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -39,7 +39,9 @@ def attention_dkdv_kernel(
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
-    dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold) if rng_state is not None else None
+    dropout = None
+    if rng_state is not None:
+        dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
     q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
     dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, seqlen_q)
     k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
@@ -60,7 +62,7 @@ def attention_dkdv_kernel(
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.start + index % count * BLOCK_M, first_key,
                 k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
-                window, score, dropout, keep_scale, dk_acc, dv_acc,
+                window, score, dropout, dk_acc, dv_acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     count = tl.cdiv(visit.outer - visit.inner, BLOCK_M)
@@ -68,21 +70,21 @@ def attention_dkdv_kernel(
         dk_acc, dv_acc = _gather(
             head_k * group + index // count, visit.inner + index % count * BLOCK_M, first_key,
             k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
-            window, score, dropout, keep_scale, dk_acc, dv_acc,
+            window, score, dropout, dk_acc, dv_acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
-    if window_left is not None:
+    if window_left is not None or window_right is None:
         count = tl.cdiv(visit.end - visit.outer, BLOCK_M)
         for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.outer + index % count * BLOCK_M, first_key,
                 k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
-                window, score, dropout, keep_scale, dk_acc, dv_acc,
+                window, score, dropout, dk_acc, dv_acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
 
     if dropout is not None:
-        dv_acc = parts.scale(dv_acc, keep_scale)
+        dv_acc = parts.scale(dv_acc, dropout.scale)
     dk_acc = parts.scale(dk_acc, softmax_scale)
     dk_rows = rows.Rows(dk, None, dk_strides, batch, seqlen_k)
     dv_rows = rows.Rows(dv, None, dv_strides, batch, seqlen_k)
@@ -94,7 +96,7 @@ def attention_dkdv_kernel(
 def _gather(
     head, first_query, first_key,
     k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
-    window, score, dropout, keep_scale, dk_acc, dv_acc,
+    window, score, dropout, dk_acc, dv_acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -103,14 +105,17 @@ def _gather(
     queries = (first_query + tl.arange(0, BLOCK_M))[None, :]
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    row = head.to(tl.int64) * rows_padded + first_query + tl.arange(0, BLOCK_M)
-    row_lse = tl.load(lse + row)
-    row_delta = tl.load(delta + row)
-    weights, dscores = weights_and_dscores(
-        head, parts.contract(k_tile, q_tile), parts.contract(v_tile, dout_tile),
-        row_lse[None, :], row_delta[None, :], queries, keys, window, score, dropout, keep_scale, MASKED,
-    )  # fmt: skip
     dtype = q_tile[0].dtype
-    dv_acc = parts.accumulate(weights.to(dtype), dout_tile, dv_acc)
-    dk_acc = parts.accumulate(dscores.to(dtype), q_tile, dk_acc)
+    row = head.to(tl.int64) * rows_padded + first_query + tl.arange(0, BLOCK_M)
+    # P goes into dV before dP is made, and each vector is loaded where it is used: in any other order
+    # more of them live at once than the registers hold beside dK and dV.
+    products = parts.contract(k_tile, q_tile)
+    row_lse = tl.load(lse + row)[None, :]
+    weights = recompute_weights(head, products, row_lse, queries, keys, window, score, MASKED)
+    kept = drop.apply(dropout, head, weights, queries, keys)
+    dv_acc = parts.accumulate(kept.to(dtype), dout_tile, dv_acc)
+    dweights = parts.contract(v_tile, dout_tile)
+    row_delta = tl.load(delta + row)[None, :]
+    dproducts = products_grad(head, products, weights, dweights, row_delta, queries, keys, score, dropout)
+    dk_acc = parts.accumulate(dproducts.to(dtype), q_tile, dk_acc)
     return dk_acc, dv_acc

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..language import dropout as drop
 from ..language import masks, parts, rows, scores, tiles
 from ..launch import UNSPECIALIZED
-from .step import weights_and_dscores
+from .step import products_grad, recompute_weights
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -33,7 +33,9 @@ def attention_dq_kernel(
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
-    dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold) if rng_state is not None else None
+    dropout = None
+    if rng_state is not None:
+        dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
     q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
     dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, seqlen_q)
     k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
@@ -52,19 +54,19 @@ def attention_dq_kernel(
         ):
             acc = _gather(
                 head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
-                first_query, first_key, window, score, dropout, keep_scale, acc,
+                first_query, first_key, window, score, dropout, acc,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
         acc = _gather(
             head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
-            first_query, first_key, window, score, dropout, keep_scale, acc,
+            first_query, first_key, window, score, dropout, acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
         acc = _gather(
             head, head // group, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
-            first_query, first_key, window, score, dropout, keep_scale, acc,
+            first_query, first_key, window, score, dropout, acc,
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
 
@@ -75,7 +77,7 @@ def attention_dq_kernel(
 @triton.jit
 def _gather(
     head, head_k, q_tile, dout_tile, k_rows, v_rows, row_lse, row_delta,
-    first_query, first_key, window, score, dropout, keep_scale, acc,
+    first_query, first_key, window, score, dropout, acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -84,8 +86,10 @@ def _gather(
     keys = (first_key + tl.arange(0, BLOCK_N))[None, :]
     k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
-    _, dscores = weights_and_dscores(
-        head, parts.contract(q_tile, k_tile), parts.contract(dout_tile, v_tile),
-        row_lse[:, None], row_delta[:, None], queries, keys, window, score, dropout, keep_scale, MASKED,
-    )  # fmt: skip
-    return parts.accumulate(dscores.to(k_tile[0].dtype), k_tile, acc)
+    products = parts.contract(q_tile, k_tile)
+    weights = recompute_weights(head, products, row_lse[:, None], queries, keys, window, score, MASKED)
+    dweights = parts.contract(dout_tile, v_tile)
+    dproducts = products_grad(
+        head, products, weights, dweights, row_delta[:, None], queries, keys, score, dropout
+    )
+    return parts.accumulate(dproducts.to(k_tile[0].dtype), k_tile, acc)

@@ -1,4 +1,9 @@
-"""The middle of the backward pass: from two products of a tile to what the gradients are made of."""
+"""The middle of the backward pass: from the products of a tile to what the gradients are made of.
+
+    P = exp(logits - LSE),   dP = Z * (dO V^T),   dlogits = P * (dP - delta)
+
+with Z the dropout mask over ``1 - p``. Each function takes a tile or its transpose: all else broadcasts.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +15,17 @@ from ..language import masks, scores, softmax
 
 
 @triton.jit
-def weights_and_dscores(
-    head, products, dweights, lse, delta, queries, keys, window, score, dropout, keep_scale,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """Recompute the weights P of a tile and return (P after dropout, dS without softmax_scale).
-
-    ``products`` is ``q @ k^T`` and ``dweights`` is ``dO @ v^T``, both of the tile or both of its
-    transpose; all else broadcasts to them. With Z the dropout mask over ``1 - p``:
-
-        P = exp(logits - LSE),   dP = Z * dweights,   dlogits = P * (dP - delta)
-
-    The weights returned lack Z's factor ``keep_scale``, which is applied once to the finished dV.
-    """
+def recompute_weights(head, products, lse, queries, keys, window, score, MASKED: tl.constexpr):
+    """The normalised weights P, before dropout, from ``q @ k^T`` and the rows' LSE in base 2."""
     distances = masks.distance(window, queries, keys)
     x = scores.logits(score, head, products, distances)
     if MASKED:
         x = tl.where(masks.visible(window, distances, keys), x, float("-inf"))
-    weights = softmax.weights_of(x, scores.unit(score), lse)
-    kept = weights
-    if dropout is not None:
-        survives = drop.survives(dropout, head, queries, keys)
-        kept = tl.where(survives, weights, 0.0)
-        dweights = tl.where(survives, dweights * keep_scale, 0.0)
-    return kept, scores.logits_grad(score, products, weights * (dweights - delta))
+    return softmax.weights_of(x, scores.unit(score), lse)
+
+
+@triton.jit
+def products_grad(head, products, weights, dweights, delta, queries, keys, score, dropout):
+    """Gradient of ``q @ k^T`` over softmax_scale, given ``dweights = dO @ v^T``."""
+    dweights = drop.apply_grad(dropout, head, dweights, queries, keys)
+    return scores.logits_grad(score, products, weights * (dweights - delta))

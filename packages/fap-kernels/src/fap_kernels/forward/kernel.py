@@ -41,7 +41,9 @@ def attention_forward_kernel(
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
-    dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold) if rng_state is not None else None
+    dropout = None
+    if rng_state is not None:
+        dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
 
     q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
     k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
@@ -73,7 +75,7 @@ def attention_forward_kernel(
 
     factor, row_lse = softmax.finish(row_max, row_sum)
     if dropout is not None:
-        factor *= keep_scale
+        factor *= dropout.scale
     out_rows = rows.Rows(out, None, out_strides, batch, seqlen_q)
     rows.store(out_rows, head, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
     lse_start = lse + (batch * nheads + head).to(tl.int64) * seqlen_q
@@ -94,8 +96,7 @@ def _attend(
     if MASKED:
         x = tl.where(masks.visible(window, distances, keys[None, :]), x, float("-inf"))
     weights, rescale, row_max, row_sum = softmax.step(x, scores.unit(score), row_max, row_sum, MASKED)
-    if dropout is not None:
-        weights = tl.where(drop.survives(dropout, head, queries[:, None], keys[None, :]), weights, 0.0)
+    weights = drop.apply(dropout, head, weights, queries[:, None], keys[None, :])
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
     acc = parts.accumulate(weights.to(v_tile[0].dtype), v_tile, parts.scale_rows(acc, rescale))
     return acc, row_max, row_sum

@@ -45,7 +45,7 @@ def attention_probabilities_kernel(
     seen = masks.visible(window, distances, keys) & (queries < seqlen_q)
     weight = softmax.weights_of(tl.where(seen, x, float("-inf")), scores.unit(score), row_lse * scores.LOG2E)
     if rng_state is not None:
-        dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold)
+        dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, None)
         weight = tl.where(drop.survives(dropout, head, queries, keys) | (seen == 0), weight, -weight)
     address = weights + (start * rows_stored + queries) * columns_stored + keys
     tl.store(address, weight.to(weights.dtype.element_ty))

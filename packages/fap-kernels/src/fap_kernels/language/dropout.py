@@ -21,11 +21,31 @@ class Dropout(NamedTuple):
         rng_state: address of seed and offset.
         first_stream: ``batch * nheads``; head h draws from stream ``first_stream + h``.
         threshold: a weight survives iff its random byte is at most this: ``floor(255 * (1 - p))``.
+        scale: ``1 / (1 - p)``.
     """
 
     rng_state: Any
     first_stream: Any
     threshold: Any
+    scale: Any
+
+
+@triton.jit
+def apply(dropout, head, weights, queries, keys):
+    """The weights that survive, without their scale, which is applied once to the finished sum."""
+    if dropout is None:
+        return weights
+    else:
+        return tl.where(survives(dropout, head, queries, keys), weights, 0.0)
+
+
+@triton.jit
+def apply_grad(dropout, head, dweights, queries, keys):
+    """Gradient of the weights before dropout, given that of the surviving and scaled ones."""
+    if dropout is None:
+        return dweights
+    else:
+        return tl.where(survives(dropout, head, queries, keys), dweights * dropout.scale, 0.0)
 
 
 @triton.jit

@@ -1,0 +1,144 @@
+"""Every row of the configuration tables compiles for its chip, within bounds, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import Compiled, compile_launch
+
+from fap_kernels import target as targets
+from fap_kernels.backward.config import DKDV, DQ
+from fap_kernels.backward.launch import BackwardInputs, plan_delta, plan_dkdv, plan_dq
+from fap_kernels.config import Row, choose
+from fap_kernels.forward.config import FORWARD
+from fap_kernels.forward.launch import plan_forward, plan_probabilities
+from fap_kernels.launch import Launch
+from fap_kernels.problem import AttentionProblem
+
+TABLES = {"forward": FORWARD, "dkdv": DKDV, "dq": DQ}
+TARGETS = {"sm_80": targets.SM_80, "sm_90": targets.SM_90, "sm_100": targets.SM_100, "gfx942": targets.GFX9}
+EVERY_OPTION = {"window_size": (100, 50), "softcap": 30.0, "dropout_p": 0.1}
+# The head dimension that a row is for, where it is not the largest that it holds.
+HEAD_DIMS = {48: 40}
+
+# Bytes a thread that a row may spill, stores and loads together, by Triton's release: what the assembler was seen to
+# spill, and a margin. 16-bit rows for plain calls must not spill at all but for those named.
+PLAIN_SPILLS = {("dkdv", "sm_90", 256): 1024}
+ALL_OPTIONS_SPILLS = 1024
+ALL_OPTIONS_SPILLS_OF = {("forward", "sm_100", 64): 5120}
+FLOAT32_SPILLS = {64: 0, 128: 2048, 256: 24576}
+
+
+def rows() -> list[Any]:
+    return [
+        pytest.param(kernel, row, id=f"{kernel}-{row.family}-{row.head_dim}-{_kind(row)}")
+        for kernel, table in TABLES.items()
+        for row in table
+        if row.family != "interpreter"
+    ]
+
+
+def _kind(row: Row) -> str:
+    if row.float32:
+        return "float32"
+    bounds = {None: "", True: "-bounded", False: "-unbounded"}[row.bounded]
+    return (
+        ("plain" if row.plain else "options")
+        + bounds
+        + (f"-from{row.seqlen_from}" if row.seqlen_from else "")
+    )
+
+
+@pytest.mark.parametrize(("kernel", "row"), rows())
+def test_a_row_compiles_within_its_bounds(kernel: str, row: Row) -> None:
+    chip = {"gfx9": "gfx942"}.get(row.family, row.family)
+    compiled = compile_launch(_plan(kernel, chip, **_call_for(row), expected=row), chip)
+    assert compiled.shared <= TARGETS[chip].shared_memory
+    assert compiled.spills <= _spills_allowed(kernel, row), "a row spills more than was recorded for it"
+    if row.plain and row.family == "sm_90":
+        assert_asynchronous(compiled)
+
+
+def assert_asynchronous(compiled: Compiled) -> None:
+    """On Hopper tiles come by TMA, products run on the asynchronous tensor cores, and nothing serialises them."""
+    assert "wgmma.mma_async" in compiled.assembly
+    assert "cp.async.bulk.tensor" in compiled.assembly
+    serialised = [warning for warning in compiled.warnings if "serialized" in warning]
+    assert not serialised, serialised
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_the_other_kernels_compile(chip: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for plan in (_plan_delta, _plan_probabilities):
+            compiled = compile_launch(plan(256, dtype), chip)
+            assert compiled.shared <= TARGETS[chip].shared_memory
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("chip", TARGETS)
+@pytest.mark.parametrize("kernel", TABLES)
+def test_causal_attention_compiles(kernel: str, chip: str) -> None:
+    compiled = compile_launch(_plan(kernel, chip, head_dim=96, dtype=torch.float16, causal=True), chip)
+    assert compiled.shared <= TARGETS[chip].shared_memory
+
+
+def test_unaligned_rows_are_fetched_by_pointer() -> None:
+    compiled = compile_launch(
+        _plan("forward", "sm_90", head_dim=59, dtype=torch.bfloat16, causal=True), "sm_90"
+    )
+    assert "cp.async.bulk.tensor" not in compiled.assembly
+    assert "wgmma.mma_async" in compiled.assembly
+
+
+def _spills_allowed(kernel: str, row: Row) -> int:
+    if row.float32:
+        return FLOAT32_SPILLS[row.head_dim] if kernel == "forward" else FLOAT32_SPILLS[256]
+    if row.plain:
+        return PLAIN_SPILLS.get((kernel, row.family, row.head_dim), 0)
+    return ALL_OPTIONS_SPILLS_OF.get((kernel, row.family, row.head_dim), ALL_OPTIONS_SPILLS)
+
+
+def _call_for(row: Row) -> dict[str, Any]:
+    """The call that asks most of a row among those it is for."""
+    options = {"causal": row.bounded is not False} if row.plain else EVERY_OPTION
+    dtype = torch.float32 if row.float32 else torch.bfloat16
+    head_dim = HEAD_DIMS.get(row.head_dim, row.head_dim)
+    return {"head_dim": head_dim, "dtype": dtype, "seqlen_k": max(row.seqlen_from, 256), **options}
+
+
+def _plan(
+    kernel: str, chip: str, *, head_dim: int, dtype: torch.dtype, seqlen_k: int = 256, expected: Row | None = None,
+    **options: Any,
+) -> Launch:  # fmt: skip
+    q, k, v, dout = (torch.empty(1, n, 2, head_dim, dtype=dtype) for n in (256, seqlen_k, seqlen_k, 256))
+    slopes = torch.ones(2) if options.get("softcap") else None
+    problem = AttentionProblem.describe(q, k, v, alibi_slopes=slopes, **options)
+    target, rng_state = TARGETS[chip], torch.zeros(2, dtype=torch.int64)
+    if expected is not None:
+        assert choose(TABLES[kernel], problem, target) == expected.config, "an earlier row hides this one"
+    vector = torch.empty(1, 2, 256)
+    if kernel == "forward":
+        return plan_forward(problem, target, q, k, v, torch.empty_like(q), vector, slopes, rng_state)
+    inputs = BackwardInputs(q, k, v, dout, vector, vector, slopes, rng_state)
+    if kernel == "dkdv":
+        return plan_dkdv(problem, target, inputs, torch.empty_like(k), torch.empty_like(v))
+    return plan_dq(problem, target, inputs, torch.empty_like(q))
+
+
+def _plan_delta(head_dim: int, dtype: torch.dtype) -> Launch:
+    x = torch.empty(1, 256, 2, head_dim, dtype=dtype)
+    vector = torch.empty(1, 2, 256)
+    inputs = BackwardInputs(x, x, x, x, vector, vector, None, None)
+    return plan_delta(AttentionProblem.describe(x, x, x), x, vector, vector, inputs)
+
+
+def _plan_probabilities(head_dim: int, dtype: torch.dtype) -> Launch:
+    x = torch.empty(1, 256, 2, head_dim, dtype=dtype)
+    slopes = torch.ones(2)
+    problem = AttentionProblem.describe(x, x, x, alibi_slopes=slopes, **EVERY_OPTION)
+    weights = torch.empty(1, 2, 256, 256, dtype=dtype)
+    rng_state = torch.zeros(2, dtype=torch.int64)
+    return plan_probabilities(problem, x, x, torch.empty(1, 2, 256), weights, slopes, rng_state)

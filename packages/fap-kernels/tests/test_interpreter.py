@@ -1,0 +1,51 @@
+"""The kernels against the float64 oracle on the CPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conformance import check_case, run
+
+from fap_kernels import target
+from fap_testing.cases import Case, find, select
+from fap_testing.inputs import make_inputs
+
+pytestmark = [
+    pytest.mark.interpreter,
+    # NumPy warns where a GPU's exp2 overflows to inf as the kernels intend.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
+
+
+@pytest.mark.parametrize("case", select("quick"), ids=str)
+def test_float32(case: Case) -> None:
+    check_case(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", select("quick", "combined"), ids=str)
+def test_float16(case: Case) -> None:
+    check_case(case, torch.float16, "cpu")
+
+
+@pytest.mark.parametrize("case", select("quick", "combined") + select("quick", "gqa"), ids=str)
+def test_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles fetched by descriptor, as on Hopper, are those fetched by pointer."""
+    fetching = dataclasses.replace(target.INTERPRETER, descriptors=True)
+    monkeypatch.setattr(target, "INTERPRETER", fetching)
+    check_case(case, torch.float32, "cpu")
+
+
+def test_dropout_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fap_kernels.config import TileConfig
+    from fap_kernels.forward import launch
+
+    case = dataclasses.replace(find("dropout_0.5"), seqlen_q=40, seqlen_k=70)
+    rng_state = torch.tensor([2**62 + 12345, 7])
+    inputs = make_inputs(case)
+    first = run(inputs, rng_state)[2]
+    monkeypatch.setattr(launch, "PROBABILITIES", TileConfig(16, 64, 4, 1))
+    torch.testing.assert_close(run(inputs, rng_state)[2], first, rtol=0.0, atol=1e-6)
+    assert torch.equal(torch.signbit(run(inputs, rng_state)[2]), torch.signbit(first))
+    assert not torch.equal(torch.signbit(run(inputs, rng_state + 1)[2]), torch.signbit(first))

@@ -23,8 +23,8 @@ EVERY_OPTION = {"window_size": (100, 50), "softcap": 30.0, "dropout_p": 0.1}
 # The head dimension that a row is for, where it is not the largest that it holds.
 HEAD_DIMS = {48: 40}
 
-# Bytes a thread that a row may spill, stores and loads together, by Triton's release: what the assembler was seen to
-# spill, and a margin. 16-bit rows for plain calls must not spill at all but for those named.
+# Bytes a thread that a row may spill, stores and loads together: what assemblers from Triton 3.6 to 3.9 were
+# seen to spill, and a margin. 16-bit rows for plain calls must not spill at all but for those named.
 PLAIN_SPILLS = {("dkdv", "sm_90", 256): 1024}
 ALL_OPTIONS_SPILLS = 1024
 ALL_OPTIONS_SPILLS_OF = {("forward", "sm_100", 64): 5120}
@@ -62,7 +62,7 @@ def test_a_row_compiles_within_its_bounds(kernel: str, row: Row) -> None:
 
 
 def assert_asynchronous(compiled: Compiled) -> None:
-    """On Hopper tiles come by TMA, products run on the asynchronous tensor cores, and nothing serialises them."""
+    """Tiles come by TMA, products run on Hopper's asynchronous tensor cores, and nothing serialises them."""
     assert "wgmma.mma_async" in compiled.assembly
     assert "cp.async.bulk.tensor" in compiled.assembly
     serialised = [warning for warning in compiled.warnings if "serialized" in warning]
@@ -110,8 +110,8 @@ def _call_for(row: Row) -> dict[str, Any]:
 
 
 def _plan(
-    kernel: str, chip: str, *, head_dim: int, dtype: torch.dtype, seqlen_k: int = 256, expected: Row | None = None,
-    **options: Any,
+    kernel: str, chip: str, *, head_dim: int, dtype: torch.dtype, seqlen_k: int = 256,
+    expected: Row | None = None, **options: Any,
 ) -> Launch:  # fmt: skip
     q, k, v, dout = (torch.empty(1, n, 2, head_dim, dtype=dtype) for n in (256, seqlen_k, seqlen_k, 256))
     slopes = torch.ones(2) if options.get("softcap") else None

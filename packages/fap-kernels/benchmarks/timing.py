@@ -1,0 +1,117 @@
+"""What the measuring scripts share: seeded inputs, FlashAttention-2, medians, a record of the machine."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+from triton.testing import do_bench
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOKENS = 16384
+WIDTH = 2048  # nheads * head_dim
+
+
+class Shape(NamedTuple):
+    """One point: TOKENS tokens in sequences of ``seqlen``, as many heads as fit WIDTH."""
+
+    head_dim: int
+    seqlen: int
+    causal: bool
+
+    @property
+    def batch(self) -> int:
+        return TOKENS // self.seqlen
+
+    @property
+    def nheads(self) -> int:
+        return WIDTH // self.head_dim
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass; the backward has 2.5 times as many."""
+        return 4 * self.batch * self.nheads * self.seqlen**2 * self.head_dim * (0.5 if self.causal else 1.0)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    """q, k, v and dout, ``(batch, seqlen, nheads, head_dim)``; random, since zeros run faster."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (shape.batch, shape.seqlen, shape.nheads, shape.head_dim)
+    return tuple(torch.randn(size, device="cuda", dtype=dtype, generator=generator) for _ in range(4))
+
+
+def median(run: Callable[[], Any], milliseconds: int = 60) -> float:
+    """Median milliseconds of a call, the L2 cache flushed between calls."""
+    return float(do_bench(run, warmup=15, rep=milliseconds, return_mode="median"))
+
+
+def heat(seconds: float = 1.0) -> None:
+    """Bring clocks and temperature to where they stay: a GPU right after idling reads up to 10% high."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(int(seconds * 600)):
+        torch.mm(a, a)
+    torch.cuda.synchronize()
+
+
+class FlashAttention2:
+    """PyTorch's FlashAttention-2 back end on the same tensors, without autograd around it."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool
+    ) -> None:
+        self.q, self.k, self.v, self.dout = (x.transpose(1, 2) for x in (q, k, v, dout))
+        self.causal = causal
+        self.saved = self._forward()
+        self.out = self.saved[0].transpose(1, 2)
+
+    def _forward(self) -> Any:
+        return torch.ops.aten._scaled_dot_product_flash_attention(self.q, self.k, self.v, 0.0, self.causal)
+
+    def forward(self) -> torch.Tensor:
+        return self._forward()[0]
+
+    def backward(self) -> tuple[torch.Tensor, ...]:
+        out, lse, cu_q, cu_k, max_q, max_k, seed, offset, _ = self.saved
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            self.dout,
+            self.q,
+            self.k,
+            self.v,
+            out,
+            lse,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            0.0,
+            self.causal,
+            seed,
+            offset,
+        )
+        return tuple(x.transpose(1, 2) for x in gradients)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm; NaN stays NaN."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on besides the code."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "commit": commit,
+    }

@@ -2,8 +2,8 @@
 
     python packages/fap-kernels/benchmarks/portable.py
 
-Prints a table of TFLOP/s and ratios, each point checked against FlashAttention-2's own results, and exits with
-1 if one is wrong or misses what the project promises of it.
+Prints a table of TFLOP/s and ratios, each point checked against FlashAttention-2's own results, and exits
+with 1 if one is wrong or misses what the project promises of it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python packages/fap-kernels/benchmarks/sweep.py dkdv --head-dim 128 --configs 64,64,4,2 64,128,8,2
 
-A configuration is BLOCK_M,BLOCK_N,warps,stages. All are compiled first, in as many processes as there are cores,
-then timed in turn beside FlashAttention-2 (for dkdv and dq, beside its whole backward).
+A configuration is BLOCK_M,BLOCK_N,warps,stages. All are compiled first, in as many processes as there are
+cores, then timed in turn beside FlashAttention-2 (for dkdv and dq, beside its whole backward).
 """
 
 from __future__ import annotations

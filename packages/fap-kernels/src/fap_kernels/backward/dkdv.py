@@ -1,9 +1,9 @@
 """dK and dV: one key tile sweeps the queries that see it.
 
     tile of keys ──> for each query head of its group:
-                       for each tile of queries that sees it:   S^T = K Q^T,  dP^T = V dO^T
-                                                                P^T, dS^T
+                       for each tile of queries that sees it:   S^T = K Q^T,   P^T = exp(S^T - LSE)
                                                                 dV += P^T dO
+                                                                dP^T = V dO^T, dS^T = P^T (dP^T - delta)
                                                                 dK += dS^T Q
                  ──> dV / (1 - p),  dK * softmax_scale
 

@@ -1,4 +1,7 @@
-"""The kernels against the float64 oracle on a GPU: every named case, random ones, and bitwise repeats."""
+"""The kernels against the float64 oracle on a GPU: every named case, random ones, and bitwise repeats.
+
+Most of the time is compilation: `pytest -m gpu -n 14` on a machine with the cores for it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 from conformance import check_case, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 
 from fap_testing.cases import Case, find, select
 from fap_testing.inputs import make_inputs
@@ -33,10 +36,16 @@ def test_offsets_past_two_to_the_31(case: Case) -> None:
     check_case(case, torch.bfloat16, "cuda")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(case=cases(max_seqlen=300, max_head_dim=256))
-def test_random_combinations(case: Case) -> None:
-    check_case(case, torch.bfloat16, "cuda")
+# In chunks, since nearly every example compiles: pytest-xdist then shares them out.
+@pytest.mark.parametrize("chunk", range(16))
+def test_random_combinations(chunk: int) -> None:
+    @seed(chunk)
+    @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases(max_seqlen=300, max_head_dim=256))
+    def check(case: Case) -> None:
+        check_case(case, torch.bfloat16, "cuda")
+
+    check()
 
 
 @pytest.mark.parametrize("name", ["combined_dropout", "gqa_4_2_causal"])

@@ -33,10 +33,13 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session, torch: str) -> None:
     """Run the test suite on the CPU, kernels in Triton's interpreter; arguments after `--` go to pytest."""
     install_workspace(session, "test", torch)
-    pytest = ["pytest", "-m", "not gpu", *session.posargs]
+    workers = ["--numprocesses=auto", "--maxprocesses=8", "--dist=worksteal"]
+    pytest = ["pytest", "-m", "not gpu", *workers, *session.posargs]
+    one_core_each = {"OMP_NUM_THREADS": "1"}
     no_tests_collected = 5  # where the arguments choose none of the tests for the interpreter
-    session.run(*pytest, env={"TRITON_INTERPRET": "1"}, success_codes=[0, no_tests_collected])
-    session.run(*pytest)
+    interpreting = one_core_each | {"TRITON_INTERPRET": "1"}
+    session.run(*pytest, env=interpreting, success_codes=[0, no_tests_collected])
+    session.run(*pytest, env=one_core_each)
 
 
 @nox.session

@@ -24,6 +24,7 @@ def test_float32(case: Case) -> None:
     check_case(case, torch.float32, "cpu")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", select("quick", "combined"), ids=str)
 def test_float16(case: Case) -> None:
     check_case(case, torch.float16, "cpu")
@@ -34,6 +35,8 @@ def test_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles fetched by descriptor, as on Hopper, are those fetched by pointer."""
     fetching = dataclasses.replace(target.INTERPRETER, descriptors=True)
     monkeypatch.setattr(target, "INTERPRETER", fetching)
+    # The interpreter of Triton 3.4 asks of strides in elements what a GPU asks of strides in bytes.
+    case = dataclasses.replace(case, head_dim=48)
     check_case(case, torch.float32, "cpu")
 
 
@@ -46,6 +49,7 @@ def test_dropout_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> No
     inputs = make_inputs(case)
     first = run(inputs, rng_state)[2]
     monkeypatch.setattr(launch, "PROBABILITIES", TileConfig(16, 64, 4, 1))
-    torch.testing.assert_close(run(inputs, rng_state)[2], first, rtol=0.0, atol=1e-6)
-    assert torch.equal(torch.signbit(run(inputs, rng_state)[2]), torch.signbit(first))
+    again = run(inputs, rng_state)[2]
+    torch.testing.assert_close(again, first, rtol=0.0, atol=1e-6)
+    assert torch.equal(torch.signbit(again), torch.signbit(first))
     assert not torch.equal(torch.signbit(run(inputs, rng_state + 1)[2]), torch.signbit(first))

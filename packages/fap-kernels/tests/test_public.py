@@ -80,6 +80,7 @@ def test_bfloat16_is_refused_in_the_interpreter() -> None:
         attention_forward(**tensors(device="cpu", dtype=torch.bfloat16))
 
 
+@pytest.mark.smoke
 @pytest.mark.interpreter
 def test_seeds_decide_the_dropout_mask() -> None:
     arguments = {name: torch.randn(x.shape) for name, x in tensors().items()}

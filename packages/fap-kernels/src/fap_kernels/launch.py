@@ -116,7 +116,7 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     batch, seqlen, nheads, head_dim = x.shape
-    aligned = 16 // x.element_size()
+    aligned = 16  # elements, since Triton 3.4's interpreter counts in them what a GPU counts in bytes
     stride_b, stride_s, stride_h = (
         stride if count > 1 else aligned for count, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     )

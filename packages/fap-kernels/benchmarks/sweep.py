@@ -51,7 +51,9 @@ class Point:
         out = self.outputs
         if kernel == "forward":
             lse = torch.empty_like(self.softmax_lse)
-            return plan_forward(self.problem, self.target, q, k, v, out["out"], lse, None, None, config)
+            return plan_forward(
+                self.problem, self.target, q, k, v, out["out"], lse, None, None, config=config
+            )
         if kernel == "dkdv":
             return plan_dkdv(self.problem, self.target, self.inputs, out["dk"], out["dv"], config)
         return plan_dq(self.problem, self.target, self.inputs, out["dq"], config)

@@ -25,7 +25,8 @@ GPU_TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPE_NAMES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64",
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
+    torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from fap_kernels.config import Row, choose
 from fap_kernels.forward.config import FORWARD
 from fap_kernels.forward.launch import plan_forward, plan_probabilities
 from fap_kernels.launch import Launch
+from fap_kernels.packing import Packing
 from fap_kernels.problem import AttentionProblem
 
 TABLES = {"forward": FORWARD, "dkdv": DKDV, "dq": DQ}
@@ -85,6 +86,20 @@ def test_causal_attention_compiles(kernel: str, chip: str) -> None:
     assert compiled.shared <= TARGETS[chip].shared_memory
 
 
+@pytest.mark.parametrize("chip", TARGETS)
+@pytest.mark.parametrize("kernel", TABLES)
+def test_packed_sequences_compile(kernel: str, chip: str) -> None:
+    bounds = torch.zeros(3, dtype=torch.int32)
+    q, k, v, dout = (torch.empty(256, 2, 64, dtype=torch.bfloat16) for _ in range(4))
+    packing = Packing.describe(q, bounds, bounds, 256, 256)
+    problem = AttentionProblem.describe(q, k, v, causal=True, packing=packing)
+    launch = _launch(kernel, chip, problem, *(x[None] for x in (q, k, v, dout)), None, None, packing)
+    compiled = compile_launch(launch, chip)
+    assert compiled.shared <= TARGETS[chip].shared_memory
+    if chip == "sm_90":
+        assert "cp.async.bulk.tensor" in compiled.assembly, "inner tiles of packed sequences must come by TMA"
+
+
 def test_unaligned_rows_are_fetched_by_pointer() -> None:
     compiled = compile_launch(
         _plan("forward", "sm_90", head_dim=59, dtype=torch.bfloat16, causal=True), "sm_90"
@@ -116,13 +131,24 @@ def _plan(
     q, k, v, dout = (torch.empty(1, n, 2, head_dim, dtype=dtype) for n in (256, seqlen_k, seqlen_k, 256))
     slopes = torch.ones(2) if options.get("softcap") else None
     problem = AttentionProblem.describe(q, k, v, alibi_slopes=slopes, **options)
-    target, rng_state = TARGETS[chip], torch.zeros(2, dtype=torch.int64)
+    rng_state = torch.zeros(2, dtype=torch.int64)
     if expected is not None:
-        assert choose(TABLES[kernel], problem, target) == expected.config, "an earlier row hides this one"
-    vector = torch.empty(1, 2, 256)
+        chosen = choose(TABLES[kernel], problem, TARGETS[chip])
+        assert chosen == expected.config, "an earlier row hides this one"
+    return _launch(kernel, chip, problem, q, k, v, dout, slopes, rng_state, None)
+
+
+def _launch(
+    kernel: str, chip: str, problem: AttentionProblem,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor,
+    slopes: torch.Tensor | None, rng_state: torch.Tensor | None, packing: Packing | None,
+) -> Launch:  # fmt: skip
+    target = TARGETS[chip]
     if kernel == "forward":
-        return plan_forward(problem, target, q, k, v, torch.empty_like(q), vector, slopes, rng_state)
-    inputs = BackwardInputs(q, k, v, dout, vector, vector, slopes, rng_state)
+        vector = torch.empty(1, 2, 256)
+        return plan_forward(problem, target, q, k, v, torch.empty_like(q), vector, slopes, rng_state, packing)
+    vector = torch.empty(1, 2, 512)
+    inputs = BackwardInputs(q, k, v, dout, vector, vector, slopes, rng_state, packing)
     if kernel == "dkdv":
         return plan_dkdv(problem, target, inputs, torch.empty_like(k), torch.empty_like(v))
     return plan_dq(problem, target, inputs, torch.empty_like(q))

@@ -41,6 +41,7 @@ def test_a_plain_call():
         "deterministic": False,
         "needs_grad": False,
         "return_attn_probs": False,
+        "packed": False,
     }
 
 

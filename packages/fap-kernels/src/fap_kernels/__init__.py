@@ -9,12 +9,15 @@ Importing this package imports neither Triton nor CUDA; the first call does.
 from .attention import attention_backward, attention_forward, attention_probabilities
 from .problem import AttentionProblem
 from .support import unsupported_reasons
+from .varlen import attention_varlen_backward, attention_varlen_forward
 
 __all__ = [
     "AttentionProblem",
     "attention_backward",
     "attention_forward",
     "attention_probabilities",
+    "attention_varlen_backward",
+    "attention_varlen_forward",
     "unsupported_reasons",
 ]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import execute
 from .problem import AttentionProblem
 from .support import require_supported
 
@@ -66,17 +67,7 @@ def attention_forward(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, dropout_p=dropout_p,
     )  # fmt: skip
-    require_supported(problem)
-    from .forward.launch import plan_forward
-    from .target import target_of
-
-    rng_state = _rng_state(problem, rng_state)
-    q, k, v = _unit_last_stride(q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    softmax_lse = _row_vector(problem, problem.seqlen_q)
-    launch = plan_forward(problem, target_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, rng_state)
-    launch.run(q.device)
-    return out, softmax_lse, rng_state
+    return execute.forward(problem, q, k, v, alibi_slopes, rng_state)
 
 
 def attention_backward(
@@ -123,28 +114,12 @@ def attention_backward(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, dropout_p=dropout_p, deterministic=deterministic, needs_grad=True,
     )  # fmt: skip
-    require_supported(problem)
-    _check_like("dout", dout, q.shape, q)
-    _check_like("out", out, q.shape, q)
-    _check_vector("softmax_lse", softmax_lse, problem)
+    execute.check_like("dout", dout, q)
+    execute.check_like("out", out, q)
+    _check_vector("softmax_lse", softmax_lse, problem, q)
     if dlse is not None:
-        _check_vector("dlse", dlse, problem)
-    if problem.dropout_p > 0.0 and rng_state is None:
-        raise ValueError("rng_state must be what the forward pass returned when dropout_p > 0, got None")
-    from .backward.launch import ROW_PADDING, BackwardInputs, plan_delta, plan_dkdv, plan_dq
-    from .target import target_of
-
-    rng_state = _rng_state(problem, rng_state)
-    q, k, v, out, dout = _unit_last_stride(q, k, v, out, dout)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    rows_padded = -(-problem.seqlen_q // ROW_PADDING) * ROW_PADDING
-    lse, delta = (_row_vector(problem, rows_padded) for _ in range(2))
-    inputs = BackwardInputs(q, k, v, dout, lse, delta, alibi_slopes, rng_state)
-    target = target_of(q.device)
-    plan_delta(problem, out, softmax_lse.contiguous(), dlse, inputs).run(q.device)
-    plan_dkdv(problem, target, inputs, dk, dv).run(q.device)
-    plan_dq(problem, target, inputs, dq).run(q.device)
-    return dq, dk, dv
+        _check_vector("dlse", dlse, problem, q)
+    return execute.backward(problem, dout, q, k, v, out, softmax_lse, dlse, alibi_slopes, rng_state)
 
 
 def attention_probabilities(
@@ -184,13 +159,11 @@ def attention_probabilities(
         alibi_slopes=alibi_slopes, dropout_p=dropout_p,
     )  # fmt: skip
     require_supported(problem)
-    _check_vector("softmax_lse", softmax_lse, problem)
-    if problem.dropout_p > 0.0 and rng_state is None:
-        raise ValueError("rng_state must be what the forward pass returned when dropout_p > 0, got None")
+    _check_vector("softmax_lse", softmax_lse, problem, q)
     from .forward.launch import PROBABILITY_TILE, plan_probabilities
 
-    rng_state = _rng_state(problem, rng_state)
-    q, k = _unit_last_stride(q, k)
+    rng_state = execute.check_rng_state(problem, rng_state, draw=False)
+    q, k = execute.unit_last_stride(q, k)
     rows, columns = (
         -(-n // PROBABILITY_TILE) * PROBABILITY_TILE for n in (problem.seqlen_q, problem.seqlen_k)
     )
@@ -200,41 +173,6 @@ def attention_probabilities(
     return weights
 
 
-def _unit_last_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
-
-
-def _row_vector(problem: AttentionProblem, rows: int) -> torch.Tensor:
-    return torch.empty((problem.batch, problem.nheads, rows), dtype=torch.float32, device=problem.device)
-
-
-def _rng_state(problem: AttentionProblem, rng_state: torch.Tensor | None) -> torch.Tensor | None:
-    if problem.dropout_p == 0.0:
-        return None
-    if rng_state is None:
-        # Drawn on the device: no synchronisation, new numbers on every replay of a CUDA graph, and
-        # torch.manual_seed decides them.
-        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=problem.device)
-    if tuple(rng_state.shape) != (2,) or rng_state.dtype != torch.int64 or rng_state.device != problem.device:
-        raise RuntimeError(
-            f"rng_state must be an int64 tensor of shape (2,) on {problem.device}, "
-            f"got {rng_state.dtype} of shape {tuple(rng_state.shape)} on {rng_state.device}"
-        )
-    return rng_state.contiguous()
-
-
-def _check_like(name: str, x: torch.Tensor, shape: torch.Size, like: torch.Tensor) -> None:
-    if x.shape != shape or x.dtype != like.dtype or x.device != like.device:
-        raise RuntimeError(
-            f"{name} must have q's shape {tuple(shape)}, dtype {like.dtype} and device {like.device}, "
-            f"got {tuple(x.shape)}, {x.dtype} and {x.device}"
-        )
-
-
-def _check_vector(name: str, x: torch.Tensor, problem: AttentionProblem) -> None:
+def _check_vector(name: str, x: torch.Tensor, problem: AttentionProblem, q: torch.Tensor) -> None:
     shape = (problem.batch, problem.nheads, problem.seqlen_q)
-    if tuple(x.shape) != shape or x.dtype != torch.float32 or x.device != problem.device:
-        raise RuntimeError(
-            f"{name} must be float32 of shape (batch, nheads, seqlen_q) = {shape} on {problem.device}, "
-            f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
-        )
+    execute.check_vector(name, x, shape, "(batch, nheads, seqlen_q)", q)

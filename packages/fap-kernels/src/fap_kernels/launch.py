@@ -15,6 +15,7 @@ import torch
 from .head_dim import split_head_dim
 
 if TYPE_CHECKING:
+    from .packing import Packing
     from .problem import AttentionProblem
     from .target import Target
 
@@ -23,6 +24,7 @@ __all__ = [
     "Launch",
     "descriptors_fit",
     "option_arguments",
+    "packing_arguments",
     "part_arguments",
     "row_arguments",
     "strides_of",
@@ -35,6 +37,7 @@ UNSPECIALIZED = (
     "seqlen_q",
     "seqlen_k",
     "rows_stored",
+    "rows_swept",
     "columns_stored",
     "window_left",
     "window_right",
@@ -103,13 +106,28 @@ def _descriptor_fits(x: torch.Tensor) -> bool:
 
 
 def row_arguments(
-    name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool
+    name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool, packed: bool
 ) -> dict[str, Any]:
-    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``."""
-    if not use_descriptors:
-        return {name: x, f"{name}_tail": None, f"{name}_strides": strides_of(x)}
-    tail = _descriptor(x, rows, parts[1]) if parts[1] else None
-    return {name: _descriptor(x, rows, parts[0]), f"{name}_tail": tail, f"{name}_strides": None}
+    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``.
+
+    Descriptors do without the address, but for packed rows, whose last tiles are fetched by it.
+    """
+    by_address = packed or not use_descriptors
+    part0 = _descriptor(x, rows, parts[0]) if use_descriptors else None
+    part1 = _descriptor(x, rows, parts[1]) if use_descriptors and parts[1] else None
+    return {
+        name: x if by_address else None,
+        f"{name}_strides": strides_of(x) if by_address else None,
+        f"{name}_part0": part0,
+        f"{name}_part1": part1,
+    }
+
+
+def packing_arguments(packing: Packing | None) -> dict[str, torch.Tensor | None]:
+    """The arguments by which a kernel finds packed sequences."""
+    if packing is None:
+        return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"))
+    return dict(packing.arguments())
 
 
 def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:

@@ -16,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .packing import Packing
+
 __all__ = ["MAX_HEAD_DIM", "AttentionProblem", "normalize_window"]
 
 MAX_HEAD_DIM = 256
@@ -42,6 +44,8 @@ class AttentionProblem:
         deterministic: gradients must be bitwise equal on every run.
         needs_grad: a backward pass may follow this call.
         return_attn_probs: ``softmax_lse`` and, with dropout, the probabilities are handed to the caller.
+        packed: the sequences lie one behind the other, q ``(total_q, nheads, head_dim)``, k and v
+            ``(total_k, nheads_k, head_dim)``, and ``seqlen_q``, ``seqlen_k`` are what none of them exceeds.
     """
 
     batch: int
@@ -62,6 +66,7 @@ class AttentionProblem:
     deterministic: bool
     needs_grad: bool
     return_attn_probs: bool = False
+    packed: bool = False
 
     @classmethod
     def describe(
@@ -79,12 +84,15 @@ class AttentionProblem:
         deterministic: bool = False,
         needs_grad: bool = False,
         return_attn_probs: bool = False,
+        packing: Packing | None = None,
     ) -> AttentionProblem:
         """Check the tensors and options of one call and return its description.
 
         Args:
-            q: ``(batch, seqlen_q, nheads, head_dim)``.
-            k, v: ``(batch, seqlen_k, nheads_k, head_dim)``, in q's dtype and on q's device.
+            q: ``(batch, seqlen_q, nheads, head_dim)``; with ``packing`` ``(total_q, nheads, head_dim)``.
+            k, v: ``(batch, seqlen_k, nheads_k, head_dim)``, in q's dtype and on q's device; with ``packing``
+                ``(total_k, nheads_k, head_dim)``.
+            packing: where packed sequences lie.
             softmax_scale: None stands for ``1 / sqrt(head_dim)``.
             window_size: ``(left, right)``, any sequence or tensor of two integers; -1 is no bound.
             alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)`` on q's device.
@@ -94,16 +102,19 @@ class AttentionProblem:
             ValueError: an option outside its range.
             TypeError: an argument of the wrong type.
         """
-        _check_tensors(q, k, v)
-        batch, seqlen_q, nheads, head_dim = q.shape
-        seqlen_k, nheads_k = k.shape[1], k.shape[2]
+        _check_tensors(q, k, v, packed=packing is not None)
+        nheads, head_dim = q.shape[-2:]
+        if packing is None:
+            batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        else:
+            batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
         left, right = normalize_window(window_size, causal)
         return cls(
             batch=batch,
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
             nheads=nheads,
-            nheads_k=nheads_k,
+            nheads_k=k.shape[-2],
             head_dim=head_dim,
             dtype=q.dtype,
             device=q.device,
@@ -112,11 +123,12 @@ class AttentionProblem:
             window_right=right,
             causal=bool(causal),
             softcap=_check_softcap(softcap),
-            alibi=_check_alibi(alibi_slopes, q),
+            alibi=_check_alibi(alibi_slopes, q.device, batch, nheads),
             dropout_p=_check_dropout(dropout_p),
             deterministic=bool(deterministic),
             needs_grad=bool(needs_grad),
             return_attn_probs=bool(return_attn_probs),
+            packed=packing is not None,
         )
 
 
@@ -153,22 +165,22 @@ def _as_int(value: Any, window_size: Any) -> int:
     return int(value)
 
 
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> None:
+    layout = "(total, nheads, headdim)" if packed else "(batch, seqlen, nheads, headdim)"
+    rank = 3 if packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
             raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
-        if x.dim() != 4:
-            raise RuntimeError(
-                f"{name} must have 4 dimensions (batch, seqlen, nheads, headdim), got shape {tuple(x.shape)}"
-            )
+        if x.dim() != rank:
+            raise RuntimeError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
     if q.dtype not in SUPPORTED_DTYPES:
         raise RuntimeError(
             "FlashAttention only support fp16 and bf16 data type (float32 and float64 here too, where the "
             f"back end has them), got q of {q.dtype}"
         )
-    batch, _, nheads, head_dim = q.shape
+    nheads, head_dim = q.shape[-2:]
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise RuntimeError(
             f"FlashAttention only supports head dimension at most {MAX_HEAD_DIM} and at least 1, "
@@ -183,13 +195,13 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise RuntimeError(
                 f"q, k and v must be on the same device, got q on {q.device} and {name} on {x.device}"
             )
-        if x.shape[0] != batch:
-            raise RuntimeError(f"{name} must have q's batch size {batch}, got {x.shape[0]}")
-        if x.shape[3] != head_dim:
-            raise RuntimeError(f"{name} must have q's head dimension {head_dim}, got {x.shape[3]}")
+        if not packed and x.shape[0] != q.shape[0]:
+            raise RuntimeError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
+        if x.shape[-1] != head_dim:
+            raise RuntimeError(f"{name} must have q's head dimension {head_dim}, got {x.shape[-1]}")
     if k.shape != v.shape:
         raise RuntimeError(f"k and v must have the same shape, got k {tuple(k.shape)} and v {tuple(v.shape)}")
-    nheads_k = k.shape[2]
+    nheads_k = k.shape[-2]
     if nheads < 1 or nheads_k < 1 or nheads % nheads_k != 0:
         raise RuntimeError(
             "Number of heads in key/value must divide number of heads in query, "
@@ -232,16 +244,17 @@ def _as_float(name: str, value: Any) -> float:
     return float(value)
 
 
-def _check_alibi(alibi_slopes: torch.Tensor | None, q: torch.Tensor) -> str | None:
+def _check_alibi(
+    alibi_slopes: torch.Tensor | None, device: torch.device, batch: int, nheads: int
+) -> str | None:
     if alibi_slopes is None:
         return None
     if not isinstance(alibi_slopes, torch.Tensor):
         raise TypeError(f"alibi_slopes must be a torch.Tensor or None, got {type(alibi_slopes).__name__}")
     if alibi_slopes.dtype != torch.float32:
         raise RuntimeError(f"alibi_slopes must have dtype torch.float32, got {alibi_slopes.dtype}")
-    if alibi_slopes.device != q.device:
-        raise RuntimeError(f"alibi_slopes must be on q's device {q.device}, got {alibi_slopes.device}")
-    batch, _, nheads, _ = q.shape
+    if alibi_slopes.device != device:
+        raise RuntimeError(f"alibi_slopes must be on q's device {device}, got {alibi_slopes.device}")
     if tuple(alibi_slopes.shape) == (nheads,):
         return "head"
     if tuple(alibi_slopes.shape) == (batch, nheads):

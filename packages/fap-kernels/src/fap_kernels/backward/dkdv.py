@@ -17,43 +17,54 @@ import triton
 import triton.language as tl
 
 from ..language import dropout as drop
-from ..language import masks, parts, rows, scores, tiles
+from ..language import masks, parts, rows, scores, spans, tiles
 from ..launch import UNSPECIALIZED
 from .step import products_grad, recompute_weights
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_dkdv_kernel(
-    q, q_tail, k, k_tail, v, v_tail, dout, dout_tail,
-    lse, delta, dk, dv, alibi_slopes, rng_state,
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides, alibi_stride,
+    q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
+    dout, dout_strides, dout_part0, dout_part1, lse, delta, dk, dk_strides, dv, dv_strides,
+    alibi_slopes, alibi_stride, rng_state,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
     nheads_k, group, seqlen_q, seqlen_k, rows_padded, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PADDING: tl.constexpr,
     FOLD_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of one key tile. Grid: (batch, key head, key tile), the tile fastest."""
     batch, head_k, first_key = tiles.place(nheads_k, seqlen_k, BLOCK_N, False)
     nheads = nheads_k * group
+    q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
+    k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)
+    q_packed = q_start if cu_seqlens_q is not None else None
+    k_packed = k_start if cu_seqlens_k is not None else None
+    if cu_seqlens_k is not None and first_key >= seqlen_k:
+        return
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
     dropout = None
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
-    q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
-    dout_rows = rows.Rows(dout, dout_tail, dout_strides, batch, seqlen_q)
-    k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
-    v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
+    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q)
+    dout_rows = rows.Rows(dout, dout_strides, dout_part0, dout_part1, q_batch, q_packed, seqlen_q)
+    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k)
+    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k)
     k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
-    lse += (batch * nheads).to(tl.int64) * rows_padded
-    delta += (batch * nheads).to(tl.int64) * rows_padded
+    vectors = tl.cast(q_batch * nheads, tl.int64) * rows_padded
+    vectors += spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
+    lse += vectors
+    delta += vectors
 
     dk_acc = parts.zeros(BLOCK_N, PART0, PART1)
     dv_acc = parts.zeros(BLOCK_N, PART0, PART1)
-    visit = tiles.queries_to_visit(window, first_key, BLOCK_N, BLOCK_M)
+    # Where a tile at the end of the queries reads zeros for those that do not exist, it needs no mask.
+    OWN_END: tl.constexpr = cu_seqlens_q is None and window_left is None and window_right is not None
+    visit = tiles.queries_to_visit(window, first_key, BLOCK_N, BLOCK_M, OWN_END)
     # One loop over the group's heads and each head's tiles, not a nest: the pipeline runs on from
     # one head to the next, and dK and dV need fewer registers beside it.
     if window_right is not None:
@@ -63,7 +74,7 @@ def attention_dkdv_kernel(
                 head_k * group + index // count, visit.start + index % count * BLOCK_M, first_key,
                 k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
                 window, score, dropout, dk_acc, dv_acc,
-                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
+                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True, True,
             )  # fmt: skip
     count = tl.cdiv(visit.outer - visit.inner, BLOCK_M)
     for index in tl.range(0, count * group, num_stages=STAGES):
@@ -71,23 +82,23 @@ def attention_dkdv_kernel(
             head_k * group + index // count, visit.inner + index % count * BLOCK_M, first_key,
             k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
             window, score, dropout, dk_acc, dv_acc,
-            HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False,
+            HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, False, OWN_END,
         )  # fmt: skip
-    if window_left is not None or window_right is None:
+    if not OWN_END:
         count = tl.cdiv(visit.end - visit.outer, BLOCK_M)
         for index in tl.range(0, count * group, num_stages=STAGES):
             dk_acc, dv_acc = _gather(
                 head_k * group + index // count, visit.outer + index % count * BLOCK_M, first_key,
                 k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
                 window, score, dropout, dk_acc, dv_acc,
-                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
+                HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True, True,
             )  # fmt: skip
 
     if dropout is not None:
         dv_acc = parts.scale(dv_acc, dropout.scale)
     dk_acc = parts.scale(dk_acc, softmax_scale)
-    dk_rows = rows.Rows(dk, None, dk_strides, batch, seqlen_k)
-    dv_rows = rows.Rows(dv, None, dv_strides, batch, seqlen_k)
+    dk_rows = rows.Rows(dk, dk_strides, None, None, k_batch, k_packed, seqlen_k)
+    dv_rows = rows.Rows(dv, dv_strides, None, None, k_batch, k_packed, seqlen_k)
     rows.store(dk_rows, head_k, first_key, dk_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
     rows.store(dv_rows, head_k, first_key, dv_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
 
@@ -98,13 +109,13 @@ def _gather(
     k_tile, v_tile, q_rows, dout_rows, lse, delta, rows_padded,
     window, score, dropout, dk_acc, dv_acc,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV what a head's query tile at ``first_query`` contributes."""
     keys = (first_key + tl.arange(0, BLOCK_N))[:, None]
     queries = (first_query + tl.arange(0, BLOCK_M))[None, :]
-    q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
-    dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
+    q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, BOUNDED)
+    dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, BOUNDED)
     dtype = q_tile[0].dtype
     row = head.to(tl.int64) * rows_padded + first_query + tl.arange(0, BLOCK_M)
     # P goes into dV before dP is made, and each vector is loaded where it is used: in any other order

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config import choose
-from ..launch import Launch, descriptors_fit, option_arguments, part_arguments, row_arguments, strides_of
+from ..launch import (
+    Launch,
+    descriptors_fit,
+    option_arguments,
+    packing_arguments,
+    part_arguments,
+    row_arguments,
+    strides_of,
+)
 from .config import DELTA, DKDV, DQ
 from .delta import attention_delta_kernel
 from .dkdv import attention_dkdv_kernel
@@ -15,13 +23,24 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import TileConfig
+    from ..packing import Packing
     from ..problem import AttentionProblem
     from ..target import Target
 
-__all__ = ["ROW_PADDING", "BackwardInputs", "plan_delta", "plan_dkdv", "plan_dq"]
+__all__ = ["ROW_PADDING", "BackwardInputs", "padded_rows", "plan_delta", "plan_dkdv", "plan_dq"]
 
 ROW_PADDING = 128
 """The vectors of one number a query row are padded to a multiple of this, the largest BLOCK_M."""
+
+
+def padded_rows(rows: int, entries: int = 0) -> int:
+    """Length of a vector of one number a query row.
+
+    Args:
+        rows: queries of each batch entry, or of all packed ones together.
+        entries: how many entries are packed; each may need one padding of its own.
+    """
+    return -(-rows // ROW_PADDING) * ROW_PADDING + entries * ROW_PADDING
 
 
 class BackwardInputs(NamedTuple):
@@ -29,8 +48,9 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
         q, k, v, dout: as given, with unit last stride.
-        lse, delta: float32 ``(batch, nheads, seqlen_q padded to ROW_PADDING)``, written by the delta kernel.
+        lse, delta: float32 ``(batch, nheads, padded_rows(...))``, written by the delta kernel.
         alibi_slopes, rng_state: as given, or None.
+        packing: where packed sequences lie. All tensors then come as one batch entry.
     """
 
     q: torch.Tensor
@@ -41,6 +61,7 @@ class BackwardInputs(NamedTuple):
     delta: torch.Tensor
     alibi_slopes: torch.Tensor | None
     rng_state: torch.Tensor | None
+    packing: Packing | None = None
 
 
 def plan_delta(
@@ -52,25 +73,31 @@ def plan_delta(
 ) -> Launch:
     """The launch that fills ``inputs.lse`` and ``inputs.delta``."""
     config = DELTA
-    rows_padded = inputs.delta.shape[2]
+    rows_swept = padded_rows(problem.seqlen_q)
+    packing = packing_arguments(inputs.packing)
     return Launch(
         kernel=attention_delta_kernel,
-        programs=problem.batch * problem.nheads * (rows_padded // config.block_m),
+        programs=problem.batch * problem.nheads * (rows_swept // config.block_m),
         arguments={
             "out": out,
             "out_strides": strides_of(out),
             "dout": inputs.dout,
             "dout_strides": strides_of(inputs.dout),
             "softmax_lse": softmax_lse,
+            "lse_strides": softmax_lse.stride()[:2],
             "dlse": dlse,
             "dlse_strides": None if dlse is None else dlse.stride(),
             "lse": inputs.lse,
             "delta": inputs.delta,
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
-            "rows_padded": rows_padded,
+            "rows_swept": rows_swept,
+            "rows_padded": inputs.delta.shape[2],
+            "cu_seqlens_q": packing["cu_seqlens_q"],
+            "seqused_q": packing["seqused_q"],
             **part_arguments(problem.head_dim),
             "BLOCK_M": config.block_m,
+            "PADDING": ROW_PADDING,
         },
         num_warps=config.num_warps,
     )
@@ -127,21 +154,23 @@ def _sweep_arguments(
     problem: AttentionProblem, target: Target, inputs: BackwardInputs, config: TileConfig
 ) -> dict[str, Any]:
     """What dK/dV and dQ are given alike: one sweeps queries and the other keys, over the same tensors."""
-    q, k, v, dout, lse, delta, alibi_slopes, rng_state = inputs
+    q, k, v, dout, lse, delta, alibi_slopes, rng_state, packing = inputs
     use_descriptors = descriptors_fit(target, q, k, v, dout)
     part = part_arguments(problem.head_dim)
     sizes = part["PART0"], part["PART1"]
     return {
-        **row_arguments("q", q, config.block_m, sizes, use_descriptors),
-        **row_arguments("k", k, config.block_n, sizes, use_descriptors),
-        **row_arguments("v", v, config.block_n, sizes, use_descriptors),
-        **row_arguments("dout", dout, config.block_m, sizes, use_descriptors),
+        **row_arguments("q", q, config.block_m, sizes, use_descriptors, problem.packed),
+        **row_arguments("k", k, config.block_n, sizes, use_descriptors, problem.packed),
+        **row_arguments("v", v, config.block_n, sizes, use_descriptors, problem.packed),
+        **row_arguments("dout", dout, config.block_m, sizes, use_descriptors, problem.packed),
         "lse": lse,
         "delta": delta,
         "rows_padded": delta.shape[2],
+        **packing_arguments(packing),
         **option_arguments(problem, alibi_slopes, rng_state),
         **part,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
+        "PADDING": ROW_PADDING,
     }

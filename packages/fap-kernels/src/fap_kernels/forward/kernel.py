@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 
 from ..language import dropout as drop
-from ..language import masks, parts, rows, scores, softmax, tiles
+from ..language import masks, parts, rows, scores, softmax, spans, tiles
 from ..launch import UNSPECIALIZED
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
-    q, q_tail, k, k_tail, v, v_tail,  # descriptors for each part of the head dim, or (pointer, None)
-    out, lse, alibi_slopes, rng_state,
-    q_strides, k_strides, v_strides, out_strides, alibi_stride,
+    q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
+    out, out_strides, lse, lse_strides, alibi_slopes, alibi_stride, rng_state,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -37,6 +37,12 @@ def attention_forward_kernel(
     that run together share their keys in L2.
     """
     batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
+    q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
+    k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)
+    q_packed = q_start if cu_seqlens_q is not None else None
+    k_packed = k_start if cu_seqlens_k is not None else None
+    if cu_seqlens_q is not None and first_query >= seqlen_q:
+        return
     queries = first_query + tl.arange(0, BLOCK_M)
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
@@ -45,9 +51,9 @@ def attention_forward_kernel(
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
 
-    q_rows = rows.Rows(q, q_tail, q_strides, batch, seqlen_q)
-    k_rows = rows.Rows(k, k_tail, k_strides, batch, seqlen_k)
-    v_rows = rows.Rows(v, v_tail, v_strides, batch, seqlen_k)
+    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q)
+    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k)
+    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -76,10 +82,10 @@ def attention_forward_kernel(
     factor, row_lse = softmax.finish(row_max, row_sum)
     if dropout is not None:
         factor *= dropout.scale
-    out_rows = rows.Rows(out, None, out_strides, batch, seqlen_q)
+    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q)
     rows.store(out_rows, head, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
-    lse_start = lse + (batch * nheads + head).to(tl.int64) * seqlen_q
-    rows.store_vector(lse_start, first_query, row_lse, seqlen_q, BLOCK_M)
+    entry_lse = rows.vector_of(lse, lse_strides, q_batch, head, q_start)
+    rows.store_vector(entry_lse, first_query, row_lse, seqlen_q, BLOCK_M)
 
 
 @triton.jit

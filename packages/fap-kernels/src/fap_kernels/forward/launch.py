@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import choose
-from ..launch import Launch, descriptors_fit, option_arguments, part_arguments, row_arguments, strides_of
+from ..launch import (
+    Launch,
+    descriptors_fit,
+    option_arguments,
+    packing_arguments,
+    part_arguments,
+    row_arguments,
+    strides_of,
+)
 from .config import FORWARD, PROBABILITIES
 from .kernel import attention_forward_kernel
 from .probabilities import attention_probabilities_kernel
@@ -14,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..config import TileConfig
+    from ..packing import Packing
     from ..problem import AttentionProblem
     from ..target import Target
 
@@ -33,9 +42,14 @@ def plan_forward(
     softmax_lse: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     rng_state: torch.Tensor | None,
+    packing: Packing | None = None,
     config: TileConfig | None = None,
 ) -> Launch:
-    """The launch that fills ``out`` and ``softmax_lse``; ``config`` overrides the table."""
+    """The launch that fills ``out`` and ``softmax_lse``; ``config`` overrides the table.
+
+    Packed tensors come as one batch entry: q ``(1, total_q, nheads, head_dim)``, softmax_lse
+    ``(1, nheads, total_q)``.
+    """
     config = config or choose(FORWARD, problem, target)
     use_descriptors = descriptors_fit(target, q, k, v)
     part = part_arguments(problem.head_dim)
@@ -45,13 +59,15 @@ def plan_forward(
         kernel=attention_forward_kernel,
         programs=problem.batch * problem.nheads * tiles,
         arguments={
-            **row_arguments("q", q, config.block_m, sizes, use_descriptors),
-            **row_arguments("k", k, config.block_n, sizes, use_descriptors),
-            **row_arguments("v", v, config.block_n, sizes, use_descriptors),
+            **row_arguments("q", q, config.block_m, sizes, use_descriptors, problem.packed),
+            **row_arguments("k", k, config.block_n, sizes, use_descriptors, problem.packed),
+            **row_arguments("v", v, config.block_n, sizes, use_descriptors, problem.packed),
             "out": out,
             "out_strides": strides_of(out),
             "lse": softmax_lse,
+            "lse_strides": softmax_lse.stride()[:2],
             "nheads": problem.nheads,
+            **packing_arguments(packing),
             **option_arguments(problem, alibi_slopes, rng_state),
             **part,
             "BLOCK_M": config.block_m,
@@ -82,8 +98,8 @@ def plan_probabilities(
         kernel=attention_probabilities_kernel,
         programs=problem.batch * problem.nheads * (rows // config.block_m) * (columns // config.block_n),
         arguments={
-            **row_arguments("q", q, config.block_m, sizes, use_descriptors=False),
-            **row_arguments("k", k, config.block_n, sizes, use_descriptors=False),
+            **row_arguments("q", q, config.block_m, sizes, use_descriptors=False, packed=False),
+            **row_arguments("k", k, config.block_n, sizes, use_descriptors=False, packed=False),
             "lse": softmax_lse,
             "weights": weights,
             "rows_stored": rows,

@@ -12,17 +12,21 @@ class Rows(NamedTuple):
     """The rows of one tensor that belong to one batch entry, head by head.
 
     Fields:
-        tensor, tail: with pointers, the tensor and None. With descriptors, one over ``(batch, nheads,
-            seqlen, head_dim)`` for each part of the head dimension.
-        strides: of (batch, seqlen, nheads) in elements; None with descriptors, which know theirs.
-        batch: which batch entry.
+        tensor, strides: address, and strides of (batch, seqlen, nheads) in elements; None where descriptors
+            alone are used.
+        part0, part1: one descriptor over ``(batch, nheads, seqlen, head_dim)`` for each part of the head
+            dimension; None where tiles are fetched by address.
+        batch: index along the first dimension.
+        packed: the entry's first row where entries are packed along the second dimension, else None.
         length: rows at or beyond it do not exist. They load as zeros and are not stored.
     """
 
     tensor: Any
-    tail: Any
     strides: Any
+    part0: Any
+    part1: Any
     batch: Any
+    packed: Any
     length: Any
 
 
@@ -31,20 +35,22 @@ def load(rows, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: 
          PART1: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     """Rows ``first .. first + COUNT`` of a head, as parts. ``BOUNDED=False`` promises that all exist."""
     if PART1 == 0:
-        return (_load_part(rows, rows.tensor, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),)
+        return (_load_part(rows, rows.part0, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),)
     else:
         return (
-            _load_part(rows, rows.tensor, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),
-            _load_part(rows, rows.tail, head, first, COUNT, HEAD_DIM, PART0, PART1, BOUNDED),
+            _load_part(rows, rows.part0, head, first, COUNT, HEAD_DIM, 0, PART0, BOUNDED),
+            _load_part(rows, rows.part1, head, first, COUNT, HEAD_DIM, PART0, PART1, BOUNDED),
         )
 
 
 @triton.jit
 def _load_part(rows, descriptor, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr,
                START: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
-    if rows.strides is None:
-        # Rows and columns outside the tensor arrive as zeros.
-        return descriptor.load([rows.batch, head, first, START]).reshape([COUNT, WIDTH])
+    # A descriptor reads zeros beyond the tensor's end. Beyond a packed entry's end it would read the next
+    # entry, so a tile that may reach there is fetched by address.
+    if rows.part0 is not None and (rows.packed is None or not BOUNDED):
+        row = first if rows.packed is None else rows.packed + first
+        return descriptor.load([rows.batch, head, row, START]).reshape([COUNT, WIDTH])
     else:
         row = tl.arange(0, COUNT)
         column = START + tl.arange(0, WIDTH)
@@ -90,9 +96,15 @@ def _addresses(rows, head, first, row, column):
     corner = (
         rows.batch * tl.cast(rows.strides[0], tl.int64)
         + head * tl.cast(rows.strides[2], tl.int64)
-        + first * stride
+        + (first if rows.packed is None else rows.packed + first) * stride
     )
     return rows.tensor + corner + row[:, None] * stride + column[None, :]
+
+
+@triton.jit
+def vector_of(vector, strides, batch, head, start):
+    """Address of an entry's first number in a float32 vector; ``strides`` are those of (batch, nheads)."""
+    return vector + batch * tl.cast(strides[0], tl.int64) + head * tl.cast(strides[1], tl.int64) + start
 
 
 @triton.jit

@@ -44,23 +44,24 @@ def keys_to_visit(window, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def queries_to_visit(window, first_key, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+def queries_to_visit(window, first_key, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                     OWN_END: tl.constexpr):  # fmt: skip
     """The query positions that see the key tile at ``first_key``, in steps of ``BLOCK_M``.
 
     The mirror image of :func:`keys_to_visit`: a key is seen by ``right`` queries before it and
     ``left`` after it.
 
-    The sequence's end needs no mask here: a query that does not exist reads an LSE of +inf, which makes
-    its weights 0. Under a causal mask the last step therefore joins the unmasked ones: a third loop would
-    cost dK/dV registers. Without any bound it stays apart, since ptxas of Triton 3.7 serialises the
-    products of a dK/dV that consists of one loop alone (C7515).
+    With ``OWN_END`` the last step joins the unmasked ones: a query that does not exist has an LSE of +inf,
+    which makes its weights 0, and a third loop would cost a causal dK/dV registers. Without any bound it
+    stays apart, since ptxas of Triton 3.7 serialises the products of a dK/dV that consists of one loop
+    alone (C7515); and so it does where the rows that follow are another entry's.
     """
     last_key = tl.minimum(first_key + BLOCK_N, window.seqlen_k) - 1
     visit = _visit(
         first_key - window.diagonal, last_key - window.diagonal, window.right, window.left, window.seqlen_q,
         BLOCK_M,
     )  # fmt: skip
-    if window.left is None and window.right is not None:
+    if OWN_END:
         return Visit(visit.start, visit.inner, visit.end, visit.end)
     else:
         return visit

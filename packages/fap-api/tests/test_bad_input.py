@@ -67,6 +67,44 @@ def test_a_bool_is_no_number_even_after_its_equal(qkv, name):
         fap_api.flash_attn_func(*qkv, **{name: False})
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"window_size": (4, 0)}, {"window_size": (4.0, 0.0)}),
+        ({"window_size": (1, 0)}, {"window_size": (True, False)}),
+        ({"causal": True}, {"causal": (-1, -1)}),
+        ({"causal": True}, {"causal": "False"}),
+        ({"deterministic": True}, {"deterministic": 1.0}),
+        ({"return_attn_probs": True}, {"return_attn_probs": None}),
+    ],
+)
+def test_another_type_is_refused_even_after_its_equal(qkv, right, wrong):
+    fap_api.flash_attn_func(*qkv, **right)
+    with pytest.raises(TypeError, match=f"^{next(iter(wrong))} must be"):
+        fap_api.flash_attn_func(*qkv, **wrong)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_another_layout_is_refused_even_after_its_equal(qkv):
+    slopes = torch.rand(2)
+    fap_api.flash_attn_func(*qkv, alibi_slopes=slopes)
+    q, k, v = qkv
+    for spoiled, says in (
+        ((q.to_sparse(), k, v), "^q must be a dense tensor"),
+        ((q, k, v.to_mkldnn()), "^v must be a dense tensor"),
+        ((torch.nested.nested_tensor([*q]), k, v), "^q must be a dense tensor"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            fap_api.flash_attn_func(*spoiled, alibi_slopes=slopes)
+    with pytest.raises(RuntimeError, match="^alibi_slopes must be a dense tensor"):
+        fap_api.flash_attn_func(q, k, v, alibi_slopes=slopes.to_sparse())
+
+
+def test_a_window_wider_than_any_integer_type_is_no_bound(qkv):
+    wide = fap_api.flash_attn_func(*qkv, window_size=(2**70, 2**63))
+    assert torch.equal(wide, fap_api.flash_attn_func(*qkv))
+
+
 def test_a_changed_window_tensor_is_read_again(qkv):
     window = torch.tensor([0, 0])
     narrow = fap_api.flash_attn_func(*qkv, window_size=window)

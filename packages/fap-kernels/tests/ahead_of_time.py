@@ -53,7 +53,7 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
         )
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     with pytest.MonkeyPatch.context() as environment:
-        # AMD's code is read as assembly, so it need not be linked; Triton 3.4 has only an installed ROCm's linker.
+        # AMD's code is read as assembly and need not be linked; Triton 3.4 carries no linker of its own.
         environment.setenv("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
         compiled = triton.compile(source, target=GPU_TARGETS[chip], options={"num_warps": launch.num_warps})
     registers, spills, warnings = _resources(compiled, chip)

@@ -86,12 +86,20 @@ def test_it_is_a_value():
         (torch.tensor([4, 9], dtype=torch.int32), True, (4, 0)),
         (torch.Size([4, 9]), False, (4, 9)),
         ((torch.tensor(4), 9), False, (4, 9)),
+        (range(4, 6), False, (4, 5)),
+        ((2**31, 2**70), False, (2**31 - 1, 2**31 - 1)),
     ],
 )
 def test_windows(window, causal, expected):
     bounds = normalize_window(window, causal)
     assert bounds == expected
     assert all(type(bound) is int for bound in bounds)
+
+
+@pytest.mark.parametrize("name", ["causal", "deterministic", "return_attn_probs"])
+@pytest.mark.parametrize("value", [0, 1, False, True])
+def test_flags(name, value):
+    assert getattr(AttentionProblem.describe(*draw(), **{name: value}), name) is bool(value)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +179,17 @@ def test_something_else_than_a_tensor(position):
         (TypeError, {"window_size": "ab"}, ["window_size", "str: 'ab'"]),
         (TypeError, {"window_size": (1.0, 2.0)}, ["window_size", r"\(1.0, 2.0\)"]),
         (TypeError, {"window_size": (True, 2)}, ["window_size", r"\(True, 2\)"]),
+        (TypeError, {"window_size": {4, 9}}, ["window_size", "set: "]),
+        (TypeError, {"window_size": {4: 0, 9: 0}}, ["window_size", "dict: "]),
+        (TypeError, {"window_size": (torch.tensor(1.5), 2)}, ["window_size", "1.5"]),
+        (TypeError, {"dropout_p": torch.zeros(2)}, [r"dropout_p must be a number, got .*\(2,\) on cpu"]),
+        (TypeError, {"softcap": torch.zeros((), device="meta")}, ["softcap must be a number", "meta"]),
+        (TypeError, {"causal": (-1, -1)}, [r"causal must be True or False, got tuple: \(-1, -1\)"]),
+        (TypeError, {"causal": "False"}, ["causal must be True or False, got str: 'False'"]),
+        (TypeError, {"causal": 2}, ["causal must be True or False, got int: 2"]),
+        (TypeError, {"deterministic": None}, ["deterministic must be True or False, got NoneType"]),
+        (TypeError, {"return_attn_probs": 0.5}, ["return_attn_probs must be True or False, got float"]),
+        (RuntimeError, {"alibi_slopes": torch.ones(4).to_sparse()}, ["alibi_slopes must be a dense tensor"]),
         (TypeError, {"window_size": torch.ones(2)}, ["window_size", r"\[1.0, 1.0\]"]),
         (TypeError, {"window_size": torch.ones(2, device="meta")}, ["window_size", "CPU tensor", "meta"]),
         (TypeError, {"alibi_slopes": [0.5] * 4}, ["alibi_slopes must be a torch.Tensor or None, got list"]),

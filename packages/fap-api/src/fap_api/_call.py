@@ -47,8 +47,10 @@ class _Plan(NamedTuple):
 # Plans by everything that the checks and the choice depend on, so that a repeated call is checked once.
 _plans: dict[tuple[object, ...], _Plan] = {}
 _MOST_PLANS = 4096
-# Only these compare by value and never change; bool is left out, since True would find the plan of 1.
-_PLAIN = frozenset((int, float, type(None)))
+# Types whose values never change. Equal values of two types may be right and wrong: True, 1 and 1.0.
+_NUMBERS = frozenset((int, float, type(None)))
+_BOUNDS = frozenset((int,))
+_FLAGS = frozenset((bool,))
 
 
 def attention(
@@ -114,19 +116,26 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
     if torch.compiler.is_compiling():
         return _new_plan(q, k, v, options)
     p, scale, causal, window, softcap, slopes, deterministic, return_attn_probs = options
-    if type(window) is not tuple or not _PLAIN.issuperset(map(type, (p, scale, softcap, *window))):
+    plain = (
+        type(window) is tuple
+        and _BOUNDS.issuperset(map(type, window))
+        and _NUMBERS.issuperset(map(type, (p, scale, softcap)))
+        and _FLAGS.issuperset(map(type, (causal, deterministic, return_attn_probs)))
+    )
+    if not plain:
         return _new_plan(q, k, v, options)
     try:
         key = (
-            (q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
-            (p, scale, bool(causal), window, softcap, bool(deterministic), bool(return_attn_probs)),
-            slopes if slopes is None else (slopes.shape, slopes.dtype, slopes.device, slopes.requires_grad),
+            (q.shape, q.dtype, q.device, q.layout, k.shape, k.dtype, k.device, k.layout),
+            (v.shape, v.dtype, v.device, v.layout),
+            (p, scale, causal, window, softcap, deterministic, return_attn_probs),
+            slopes if slopes is None else _slopes_key(slopes),
             (torch.is_grad_enabled(), q.requires_grad or k.requires_grad or v.requires_grad),
             (select.explicit_choice(), os.environ.get(select.ENVIRONMENT)),
         )
         plan = _plans.get(key)
-    except (AttributeError, TypeError):
-        # A symbolic size, or something that is no tensor at all.
+    except (AttributeError, TypeError, RuntimeError):
+        # A symbolic size, a nested tensor, which has no shape, or something that is no tensor at all.
         return _new_plan(q, k, v, options)
     if plan is None:
         plan = _new_plan(q, k, v, options)
@@ -134,6 +143,10 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
             _plans.clear()
         _plans[key] = plan
     return plan
+
+
+def _slopes_key(slopes: torch.Tensor) -> tuple[object, ...]:
+    return slopes.shape, slopes.dtype, slopes.device, slopes.layout, slopes.requires_grad
 
 
 def _new_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> _Plan:

@@ -8,6 +8,8 @@ of the functional API, and a back end may take every invariant below for granted
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_HEAD_DIM", "AttentionProblem", "normalize_window"]
 
 MAX_HEAD_DIM = 256
+# No sequence is longer; a wider bound would overflow the 32-bit integers of kernels and of other packages.
+WIDEST_WINDOW = 2**31 - 1
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -108,6 +112,7 @@ class AttentionProblem:
             batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
         else:
             batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
+        causal = _as_flag("causal", causal)
         left, right = normalize_window(window_size, causal)
         return cls(
             batch=batch,
@@ -121,13 +126,13 @@ class AttentionProblem:
             softmax_scale=_check_scale(softmax_scale, head_dim),
             window_left=left,
             window_right=right,
-            causal=bool(causal),
+            causal=causal,
             softcap=_check_softcap(softcap),
             alibi=_check_alibi(alibi_slopes, q.device, batch, nheads),
             dropout_p=_check_dropout(dropout_p),
-            deterministic=bool(deterministic),
-            needs_grad=bool(needs_grad),
-            return_attn_probs=bool(return_attn_probs),
+            deterministic=_as_flag("deterministic", deterministic),
+            needs_grad=needs_grad,
+            return_attn_probs=_as_flag("return_attn_probs", return_attn_probs),
             packed=packing is not None,
         )
 
@@ -142,27 +147,38 @@ def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) ->
                 f"got a tensor on {window_size.device}"
             )
         window_size = window_size.tolist()
-    if isinstance(window_size, (str, bytes)) or not hasattr(window_size, "__len__"):
-        raise TypeError(
-            "window_size must be two integers (left, right), "
-            f"got {type(window_size).__name__}: {window_size!r}"
-        )
+    if not isinstance(window_size, (tuple, list)):
+        window_size = _as_pair(window_size)
     if len(window_size) != 2:
         raise ValueError(
             f"window_size must be two integers (left, right), got {len(window_size)}: {window_size!r}"
         )
-    left, right = (_as_int(bound, window_size) for bound in window_size)
+    left, right = (_as_bound(bound, window_size) for bound in window_size)
     if causal:
         right = 0
     return max(left, -1), max(right, -1)
 
 
-def _as_int(value: Any, window_size: Any) -> int:
+def _as_pair(window_size: Any) -> list[Any]:
+    # A set or a dict has a length too, but no left and right.
+    if isinstance(window_size, (str, bytes, Mapping, Set)) or not hasattr(window_size, "__len__"):
+        raise TypeError(
+            "window_size must be two integers (left, right), "
+            f"got {type(window_size).__name__}: {window_size!r}"
+        )
+    return [*window_size]
+
+
+def _as_bound(value: Any, window_size: Any) -> int:
+    # torch.compile follows isinstance on symbolic numbers, but not operator.index.
     if isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"window_size must be two integers (left, right), got {window_size!r}")
-    return int(value)
+        return min(value, WIDEST_WINDOW)
+    try:
+        if isinstance(value, bool):
+            raise TypeError("a bool is no number of keys")
+        return min(operator.index(value), WIDEST_WINDOW)
+    except TypeError as error:
+        raise TypeError(f"window_size must be two integers (left, right), got {window_size!r}") from error
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> None:
@@ -171,6 +187,8 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got a nested tensor")
         if x.layout != torch.strided:
             raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
         if x.dim() != rank:
@@ -239,9 +257,25 @@ def _as_float(name: str, value: Any) -> float:
         return float(value)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
-    if isinstance(value, torch.Tensor) and value.requires_grad:
-        raise TypeError(f"{name} must be a number, since attention has no gradient for it, got {value!r}")
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise TypeError(f"{name} must be a number, since attention has no gradient for it, got {value!r}")
+        if value.is_meta or value.numel() != 1:
+            raise TypeError(
+                f"{name} must be a number, got a tensor of shape {tuple(value.shape)} on {value.device}"
+            )
     return float(value)
+
+
+def _as_flag(name: str, value: Any) -> bool:
+    # Whatever else is true or false here is more likely an argument in the wrong place, or the text "False".
+    if isinstance(value, bool):
+        return value
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's, which may not be installed
+        return bool(value)
+    if isinstance(value, int) and value in (0, 1):
+        return value == 1
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}: {value!r}")
 
 
 def _check_alibi(
@@ -251,6 +285,10 @@ def _check_alibi(
         return None
     if not isinstance(alibi_slopes, torch.Tensor):
         raise TypeError(f"alibi_slopes must be a torch.Tensor or None, got {type(alibi_slopes).__name__}")
+    if alibi_slopes.layout != torch.strided:
+        raise RuntimeError(
+            f"alibi_slopes must be a dense tensor (layout torch.strided), got {alibi_slopes.layout}"
+        )
     if alibi_slopes.dtype != torch.float32:
         raise RuntimeError(f"alibi_slopes must have dtype torch.float32, got {alibi_slopes.dtype}")
     if alibi_slopes.device != device:

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fap_testing.inputs import CaseInputs, make_inputs
+from fap_testing._samples import SIXTEEN_BITS, Sample, allowance_of, measure_sample, redraw_seeds
+from fap_testing.inputs import make_inputs
+from fap_testing.inputs_varlen import make_varlen_inputs
 from fap_testing.reference import (
     AttentionGradients,
     attention_baseline_gradients,
     attention_reference_gradients,
+)
+from fap_testing.reference_varlen import (
+    attention_varlen_baseline_gradients,
+    attention_varlen_reference_gradients,
 )
 from fap_testing.tolerances import BASELINE_FACTOR, assert_close_to_oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import torch
+
     from fap_testing.cases import Case
+    from fap_testing.cases_varlen import VarlenCase
+    from fap_testing.inputs import CaseInputs
+    from fap_testing.inputs_varlen import VarlenInputs
 
-__all__ = ["Expectation", "expect"]
-
-_ROUNDED = ("out", "dq", "dk", "dv")
-_ENOUGH_ROWS = 64
-_MOST_REDRAWS = 12
-_REDRAW_SEED = 1_000_003
+__all__ = ["Expectation", "expect", "expect_varlen"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +38,7 @@ class Expectation:
     """The right results of one call, and how far plain PyTorch in the same dtype strays from them.
 
     Attributes:
-        case: what was computed.
+        case: what was computed; packed sequences' results come without a batch dimension.
         oracle: float64 results.
         baseline: the same from plain PyTorch in the inputs' dtype.
         allowance: for each tensor, what its baseline's error leaves out; see :func:`expect`.
@@ -41,7 +46,7 @@ class Expectation:
             atol, ``factor * allowance`` is added.
     """
 
-    case: Case
+    case: Case | VarlenCase
     oracle: AttentionGradients
     baseline: AttentionGradients
     allowance: Mapping[str, float]
@@ -63,7 +68,7 @@ class Expectation:
         if unknown or not tensors:
             accepted = ", ".join(AttentionGradients._fields)
             raise TypeError(f"check takes any of {accepted}, got {', '.join(unknown) or 'nothing'}")
-        keyless = self.oracle.softmax_lse.isinf().transpose(1, 2)
+        keyless = self.oracle.softmax_lse.isinf().transpose(-2, -1)
         for name, actual in tensors.items():
             oracle = getattr(self.oracle, name)
             baseline = getattr(self.baseline, name)
@@ -98,58 +103,70 @@ def expect(
         factor, atol: the errors allowed, as for :func:`fap_testing.tolerances.error_bound`.
     """
 
-    def measure(drawn: CaseInputs) -> _Sample:
-        dout = drawn.dout if use_dout else None
-        dlse = drawn.dlse if use_dlse else None
-        return _measure(drawn, dout, dlse, {**drawn.options, "keep_mask": keep_mask})
+    def measure(drawn: CaseInputs) -> Sample:
+        tensors, options = (drawn.q, drawn.k, drawn.v), {**drawn.options, "keep_mask": keep_mask}
+        return measure_sample(
+            partial(attention_reference_gradients, *tensors, **options),
+            partial(attention_baseline_gradients, *tensors, **options),
+            drawn.dout if use_dout else None,
+            drawn.dlse if use_dlse else None,
+        )
 
     own = measure(inputs)
-    allowance: dict[str, float] = {}
-    if inputs.q.dtype in (torch.float16, torch.bfloat16):
-        errors = [own.errors(), *(measure(drawn).errors() for drawn in _redraws(inputs))]
-        for name, error in own.baseline_errors().items():
-            allowance[name] = max(sample[name] for sample in errors) - error
+    allowance: Mapping[str, float] = {}
+    if inputs.q.dtype in SIXTEEN_BITS:
+        case = inputs.case
+        rows = case.batch * min(case.seqlen_q * case.nheads, case.seqlen_k * case.nheads_k)
+        allowance = allowance_of(own, (measure(drawn) for drawn in _redraws(inputs, rows)))
     return Expectation(inputs.case, own.oracle, own.baseline, allowance, factor, atol)
 
 
-class _Sample(NamedTuple):
-    """One draw of a case: the truth, the baseline, and what the baseline's out does to dq and dk."""
+def expect_varlen(
+    inputs: VarlenInputs,
+    *,
+    keep_mask: torch.Tensor | None = None,
+    use_dout: bool = True,
+    use_dlse: bool = True,
+    factor: float = BASELINE_FACTOR,
+    atol: float | None = None,
+) -> Expectation:
+    """Compute what the results of a call over packed sequences must be, as :func:`expect` does for dense.
 
-    oracle: AttentionGradients
-    baseline: AttentionGradients
-    stored_out_errors: Mapping[str, float]
+    Rows that are allocated but not in use are held to out 0, LSE +inf and gradients 0.
 
-    def baseline_errors(self) -> dict[str, float]:
-        """The baseline's largest error in each tensor but the LSE, which is no 16-bit matter."""
-        pairs = {name: (getattr(self.baseline, name), getattr(self.oracle, name)) for name in _ROUNDED}
-        return {name: _largest(actual - oracle) for name, (actual, oracle) in pairs.items()}
+    Args:
+        inputs: from :func:`fap_testing.inputs_varlen.make_varlen_inputs`.
+        keep_mask: bool ``(batch, nheads, >= max_seqlen_q, >= max_seqlen_k)``; required iff the case has
+            dropout.
+        use_dout, use_dlse, factor, atol: as for :func:`expect`.
+    """
 
-    def errors(self) -> dict[str, float]:
-        """The same, with the error of reading the stored out."""
-        return {n: error + self.stored_out_errors.get(n, 0.0) for n, error in self.baseline_errors().items()}
+    def measure(drawn: VarlenInputs) -> Sample:
+        tensors = (drawn.q, drawn.k, drawn.v, drawn.cu_seqlens_q, drawn.cu_seqlens_k)
+        options = {**drawn.options, "keep_mask": keep_mask}
+        return measure_sample(
+            partial(attention_varlen_reference_gradients, *tensors, **options),
+            partial(attention_varlen_baseline_gradients, *tensors, **options),
+            drawn.dout if use_dout else None,
+            drawn.dlse if use_dlse else None,
+        )
 
-
-def _measure(
-    inputs: CaseInputs, dout: torch.Tensor | None, dlse: torch.Tensor | None, options: dict[str, Any]
-) -> _Sample:
-    oracle = attention_reference_gradients(inputs.q, inputs.k, inputs.v, dout, dlse, **options)
-    baseline = attention_baseline_gradients(inputs.q, inputs.k, inputs.v, dout, dlse, **options)
-    if dout is None or inputs.q.dtype not in (torch.float16, torch.bfloat16):
-        return _Sample(oracle, baseline, {})
-    # An error of delta acts as a gradient of the LSE with the opposite sign does, so the oracle can tell.
-    delta_error = ((baseline.out.double() - oracle.out) * dout.double()).sum(-1).transpose(1, 2)
-    effect = attention_reference_gradients(inputs.q, inputs.k, inputs.v, None, delta_error, **options)
-    return _Sample(oracle, baseline, {"dq": _largest(effect.dq), "dk": _largest(effect.dk)})
-
-
-def _redraws(inputs: CaseInputs) -> Iterator[CaseInputs]:
-    """Draw the same case again, the more often the fewer rows it has."""
-    case = inputs.case
-    rows = case.batch * min(case.seqlen_q * case.nheads, case.seqlen_k * case.nheads_k)
-    draws = min(_MOST_REDRAWS, _ENOUGH_ROWS // rows) if rows else 0
-    for seed in range(_REDRAW_SEED, _REDRAW_SEED + draws):
-        yield make_inputs(case, dtype=inputs.q.dtype, device=inputs.q.device, seed=seed, poison=False)
+    own = measure(inputs)
+    allowance: Mapping[str, float] = {}
+    if inputs.q.dtype in SIXTEEN_BITS:
+        case = inputs.case
+        pairs = zip(case.used_q, case.used_k, strict=True)
+        rows = sum(min(used_q * case.nheads, used_k * case.nheads_k) for used_q, used_k in pairs)
+        allowance = allowance_of(own, (measure(drawn) for drawn in _redraws_varlen(inputs, rows)))
+    return Expectation(inputs.case, own.oracle, own.baseline, allowance, factor, atol)
 
 
-def _largest(x: torch.Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0
+def _redraws(inputs: CaseInputs, rows: int) -> Iterator[CaseInputs]:
+    for seed in redraw_seeds(rows):
+        yield make_inputs(inputs.case, dtype=inputs.q.dtype, device=inputs.q.device, seed=seed, poison=False)
+
+
+def _redraws_varlen(inputs: VarlenInputs, rows: int) -> Iterator[VarlenInputs]:
+    dtype, device = inputs.q.dtype, inputs.q.device
+    for seed in redraw_seeds(rows):
+        yield make_varlen_inputs(inputs.case, dtype=dtype, device=device, seed=seed, poison=False)

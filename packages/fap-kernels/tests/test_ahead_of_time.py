@@ -26,7 +26,12 @@ HEAD_DIMS = {48: 40}
 
 # Bytes a thread that a row may spill, stores and loads together: what assemblers from Triton 3.6 to 3.9 were
 # seen to spill, and a margin. 16-bit rows for plain calls must not spill at all but for those named.
-PLAIN_SPILLS = {("dkdv", "sm_90", 256): 1024}
+# What a row may spill is recorded where it was measured to be faster than the rows that spill less.
+PLAIN_SPILLS = {
+    ("dkdv", "sm_90", 160): 768,
+    ("dkdv", "sm_90", 192): 768,
+    ("dkdv", "sm_90", 256): 1024,
+}
 ALL_OPTIONS_SPILLS = 1024
 ALL_OPTIONS_SPILLS_OF = {
     ("forward", "sm_100", 64): 5120,
@@ -101,7 +106,7 @@ def test_packed_sequences_compile(kernel: str, chip: str) -> None:
     compiled = compile_launch(launch, chip)
     assert compiled.shared <= TARGETS[chip].shared_memory
     if chip == "sm_90":
-        assert "cp.async.bulk.tensor" in compiled.assembly, "inner tiles of packed sequences must come by TMA"
+        assert_asynchronous(compiled)
 
 
 def test_unaligned_rows_are_fetched_by_pointer() -> None:

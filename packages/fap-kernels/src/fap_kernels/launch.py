@@ -15,6 +15,8 @@ import torch
 from .head_dim import split_head_dim
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from .packing import Packing
     from .problem import AttentionProblem
     from .target import Target
@@ -29,6 +31,9 @@ __all__ = [
     "row_arguments",
     "strides_of",
 ]
+
+MOST_ROWS = 1 << 30
+"""Of a tensor whose packed rows are fetched by descriptor: ``fap_kernels.language.rows.WRAPPING_ROWS``."""
 
 UNSPECIALIZED = (
     "nheads",
@@ -97,6 +102,7 @@ def _descriptor_fits(x: torch.Tensor) -> bool:
     size = x.element_size()
     return (
         x.numel() > 0
+        and x.shape[1] <= MOST_ROWS
         and x.data_ptr() % 16 == 0
         and all(
             count == 1 or (stride > 0 and stride * size % 16 == 0)
@@ -108,16 +114,13 @@ def _descriptor_fits(x: torch.Tensor) -> bool:
 def row_arguments(
     name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool, packed: bool
 ) -> dict[str, Any]:
-    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``.
-
-    Descriptors do without the address, but for packed rows, whose last tiles are fetched by it.
-    """
-    by_address = packed or not use_descriptors
-    part0 = _descriptor(x, rows, parts[0]) if use_descriptors else None
-    part1 = _descriptor(x, rows, parts[1]) if use_descriptors and parts[1] else None
+    """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``: by descriptor or by address."""
+    describe = _packed_descriptor if packed else _descriptor
+    part0 = describe(x, rows, parts[0]) if use_descriptors else None
+    part1 = describe(x, rows, parts[1]) if use_descriptors and parts[1] else None
     return {
-        name: x if by_address else None,
-        f"{name}_strides": strides_of(x) if by_address else None,
+        name: None if use_descriptors else x,
+        f"{name}_strides": None if use_descriptors else strides_of(x),
         f"{name}_part0": part0,
         f"{name}_part1": part1,
     }
@@ -134,14 +137,33 @@ def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     batch, seqlen, nheads, head_dim = x.shape
-    aligned = 16  # elements, since Triton 3.4's interpreter counts in them what a GPU counts in bytes
-    stride_b, stride_s, stride_h = (
-        stride if count > 1 else aligned for count, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-    )
+    stride_b, stride_s, stride_h = _descriptor_strides(x)
     # The tile's two sides come last, so that loading a tile drops the leading dimensions for free.
     return TensorDescriptor(
         x, [batch, nheads, seqlen, head_dim], [stride_b, stride_h, stride_s, 1], [1, 1, rows, columns]
     )
+
+
+def _packed_descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    # fap_kernels.language.rows says how it works.
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    _, _, nheads, head_dim = x.shape
+    _, stride_s, stride_h = _descriptor_strides(x)
+    wrap = 2**34 // x.element_size() - stride_s
+    anything = 2**31 - 1
+    return TensorDescriptor(
+        x,
+        [anything, anything, nheads, MOST_ROWS, head_dim],
+        [wrap, stride_s, stride_h, stride_s, 1],
+        [1, 1, 1, rows, columns],
+    )
+
+
+def _descriptor_strides(x: torch.Tensor) -> Iterator[int]:
+    aligned = 16  # elements, since Triton 3.4's interpreter counts in them what a GPU counts in bytes
+    for count, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
+        yield stride if count > 1 else aligned
 
 
 def option_arguments(

@@ -63,7 +63,7 @@ def attention_dkdv_kernel(
     dk_acc = parts.zeros(BLOCK_N, PART0, PART1)
     dv_acc = parts.zeros(BLOCK_N, PART0, PART1)
     # Where a tile at the end of the queries reads zeros for those that do not exist, it needs no mask.
-    OWN_END: tl.constexpr = cu_seqlens_q is None and window_left is None and window_right is not None
+    OWN_END: tl.constexpr = window_left is None and window_right is not None
     visit = tiles.queries_to_visit(window, first_key, BLOCK_N, BLOCK_M, OWN_END)
     # One loop over the group's heads and each head's tiles, not a nest: the pipeline runs on from
     # one head to the next, and dK and dV need fewer registers beside it.

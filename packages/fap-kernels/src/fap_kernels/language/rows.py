@@ -7,6 +7,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+WRAPPING_ROWS: tl.constexpr = tl.constexpr(1 << 30)
+"""Descriptors of packed rows have the shape ``(anything, anything, nheads, WRAPPING_ROWS, head_dim)``.
+
+A descriptor reads zeros beyond its tensor's end, but beyond a packed entry's end lies the next entry. So row
+p of an entry of n rows gets the coordinate ``WRAPPING_ROWS - n + p``, which is out of bounds from p = n on.
+What that adds to the address is taken back by the first two coordinates: ``start + n`` on the second, with
+the stride s of a row, and ``WRAPPING_ROWS`` on the first, with a stride of ``2**34 - s`` bytes. Then all adds
+up to row ``start + p``, since addresses wrap at ``2**64 = WRAPPING_ROWS * 2**34``.
+"""
+
 
 class Rows(NamedTuple):
     """The rows of one tensor that belong to one batch entry, head by head.
@@ -14,8 +24,9 @@ class Rows(NamedTuple):
     Fields:
         tensor, strides: address, and strides of (batch, seqlen, nheads) in elements; None where descriptors
             alone are used.
-        part0, part1: one descriptor over ``(batch, nheads, seqlen, head_dim)`` for each part of the head
-            dimension; None where tiles are fetched by address.
+        part0, part1: one descriptor for each part of the head dimension, over
+            ``(batch, nheads, seqlen, head_dim)`` or, where packed, as :data:`WRAPPING_ROWS` says; None where
+            tiles are fetched by address.
         batch: index along the first dimension.
         packed: the entry's first row where entries are packed along the second dimension, else None.
         length: rows at or beyond it do not exist. They load as zeros and are not stored.
@@ -46,11 +57,13 @@ def load(rows, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, PART0: 
 @triton.jit
 def _load_part(rows, descriptor, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr,
                START: tl.constexpr, WIDTH: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
-    # A descriptor reads zeros beyond the tensor's end. Beyond a packed entry's end it would read the next
-    # entry, so a tile that may reach there is fetched by address.
-    if rows.part0 is not None and (rows.packed is None or not BOUNDED):
-        row = first if rows.packed is None else rows.packed + first
-        return descriptor.load([rows.batch, head, row, START]).reshape([COUNT, WIDTH])
+    if rows.part0 is not None:
+        if rows.packed is None:
+            tile = descriptor.load([rows.batch, head, first, START])
+        else:
+            row = WRAPPING_ROWS - rows.length + first
+            tile = descriptor.load([WRAPPING_ROWS, rows.packed + rows.length, head, row, START])
+        return tile.reshape([COUNT, WIDTH])
     else:
         row = tl.arange(0, COUNT)
         column = START + tl.arange(0, WIDTH)

@@ -54,7 +54,7 @@ def queries_to_visit(window, first_key, BLOCK_N: tl.constexpr, BLOCK_M: tl.const
     With ``OWN_END`` the last step joins the unmasked ones: a query that does not exist has an LSE of +inf,
     which makes its weights 0, and a third loop would cost a causal dK/dV registers. Without any bound it
     stays apart, since ptxas of Triton 3.7 serialises the products of a dK/dV that consists of one loop
-    alone (C7515); and so it does where the rows that follow are another entry's.
+    alone (C7515).
     """
     last_key = tl.minimum(first_key + BLOCK_N, window.seqlen_k) - 1
     visit = _visit(

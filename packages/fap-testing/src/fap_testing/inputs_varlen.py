@@ -179,18 +179,25 @@ def make_varlen_keep_mask(
 
 
 def shuffle_pages(
-    seqlens: Sequence[int], page_size: int, generator: torch.Generator
+    seqlens: Sequence[int], page_size: int, generator: torch.Generator, max_blocks: int | None = None
 ) -> tuple[torch.Tensor, int]:
     """Deal pages out in random order, with a few left free.
 
+    Args:
+        seqlens: how many keys each sequence needs room for.
+        page_size: how many keys a page holds.
+        generator: shuffles the pages.
+        max_blocks: columns of the block_table; default is one more than the longest sequence needs.
+
     Returns:
-        The block_table, int32 ``(batch, max_blocks)`` with at least one column, and the number of pages.
-        Entries past a sequence's last page name a free one.
+        The block_table, int32 ``(batch, max_blocks)``, and the number of pages. Entries past a sequence's
+        last page name a free one.
     """
     needed = [math.ceil(seqlen / page_size) for seqlen in seqlens]
     num_blocks = sum(needed) + _FREE_PAGES
     order = torch.randperm(num_blocks, generator=generator).to(torch.int32)
-    table = order[-1].repeat(len(needed), max(needed, default=0) + 1)
+    columns = max(needed, default=0) + 1 if max_blocks is None else max_blocks
+    table = order[-1].repeat(len(needed), columns)
     taken = 0
     for row, pages in zip(table, needed, strict=True):
         row[:pages] = order[taken : taken + pages]

@@ -71,10 +71,17 @@ class Buffer:
         row = max(max((placement.strides[1:2] or (1,))[0], 1) for _, placement in tensors.values())
         return math.ceil(min(_GUARD_ROWS * row, 1 << 20) / _ALIGNMENT) * _ALIGNMENT
 
-    def assert_untouched(self) -> None:
-        """Raise AssertionError if a call changed the tensors or the poison between them."""
+    def assert_untouched(self, *, but: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Raise AssertionError if a call changed the tensors or the poison between them.
+
+        Args:
+            but: for some tensors, bool masks of their shape that are True where a call may write.
+        """
         bits = _BITS[self._memory.element_size()]
         changed = self._memory.view(bits) != self._before.view(bits)
+        for name, writable in (but or {}).items():
+            view = self.views[name]
+            changed.as_strided(view.shape, view.stride(), view.storage_offset())[writable] = False
         if not changed.any():
             return
         index = int(changed.nonzero()[0])

@@ -34,6 +34,12 @@ VARLEN_FEATURES: dict[str, str] = {
     "last_stride": "inputs whose last stride is not 1",
     "seqused": "seqused_q or seqused_k: sequences with more rows allocated than in use",
     "paged": "a block_table, with k and v in pages (forward only)",
+    "backward": "gradients of q, k and v, unless they lie in pages",
+    "lse": "return_attn_probs=True returns (out, softmax_lse, S_dmask)",
+    "lse_gradient": "softmax_lse is differentiable",
+    "dropout_mask": "S_dmask carries the dropout mask in its sign bit",
+    "deterministic": "deterministic=True gives bitwise equal results on every run",
+    "error_messages": "mistakes raise before any work, with a message that names the argument",
 }
 
 

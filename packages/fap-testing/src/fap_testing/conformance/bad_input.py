@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from fap_testing.conformance.subject import Subject
 
-__all__ = ["MISTAKES", "Mistake", "check_mistake"]
+__all__ = ["MISTAKES", "Mistake", "check_mistake", "other_float", "require_refusal"]
 
 _CASE = Case(name="bad_input", batch=2, seqlen_q=9, seqlen_k=11, nheads=4, nheads_k=2)
 
@@ -47,10 +48,15 @@ def check_mistake(subject: Subject, dtype: torch.dtype, mistake: Mistake) -> Non
     arguments: dict[str, Any] = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
     arguments |= mistake.spoil(arguments)
     q, k, v = (arguments.pop(name) for name in ("q", "k", "v"))
+    require_refusal(partial(subject.attention, q, k, v, **arguments), mistake.says)
+
+
+def require_refusal(call: Callable[[], Any], says: tuple[str, ...]) -> None:
+    """Require that a call raises, with a message in which all of the regular expressions are found."""
     try:
-        subject.attention(q, k, v, **arguments)
+        call()
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        missing = [pattern for pattern in mistake.says if not re.search(pattern, str(error), re.IGNORECASE)]
+        missing = [pattern for pattern in says if not re.search(pattern, str(error), re.IGNORECASE)]
         require_that(
             not missing,
             f"the message must name the argument and what was given; it lacks {missing}: "
@@ -80,7 +86,8 @@ def _all(change: Callable[[torch.Tensor], torch.Tensor], *says: str) -> Mistake:
     return Mistake(lambda good: {name: change(x) for name, x in good.items()}, says)
 
 
-def _other_float(dtype: torch.dtype) -> torch.dtype:
+def other_float(dtype: torch.dtype) -> torch.dtype:
+    """Return a 16-bit dtype other than the one given."""
     return torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
 
 
@@ -101,10 +108,10 @@ MISTAKES: dict[str, Mistake] = {
     "integer_dtype": _all(lambda x: x.to(torch.int32), "int32"),
     "complex_dtype": _all(lambda x: x.to(torch.complex64), "complex64"),
     "mixed_dtype_of_k": Mistake(
-        lambda good: {"k": good["k"].to(_other_float(good["k"].dtype))}, ("dtype", r"\bk\b", "float16")
+        lambda good: {"k": good["k"].to(other_float(good["k"].dtype))}, ("dtype", r"\bk\b", "float16")
     ),
     "mixed_dtype_of_v": Mistake(
-        lambda good: {"v": good["v"].to(_other_float(good["v"].dtype))}, ("dtype", r"\bv\b", "float16")
+        lambda good: {"v": good["v"].to(other_float(good["v"].dtype))}, ("dtype", r"\bv\b", "float16")
     ),
     "mixed_devices": Mistake(lambda good: {"k": good["k"].to("meta")}, ("device", r"\bk\b", "meta")),
     "dropout_negative": _option("dropout_p", -0.1, "-0.1"),

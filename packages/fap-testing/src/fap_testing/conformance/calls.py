@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from fap_testing.conformance.subject import UnsupportedError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from fap_testing.cases import Case
     from fap_testing.conformance.subject import Subject
     from fap_testing.inputs import CaseInputs
 
-__all__ = ["CallResult", "NonconformityError", "call", "forward", "keep_mask_of", "require_that", "seeded"]
+__all__ = [
+    "CallResult",
+    "NonconformityError",
+    "call",
+    "check_refusal",
+    "forward",
+    "keep_mask_of",
+    "kind_of",
+    "require_like",
+    "require_that",
+    "seeded",
+]
 
 _MASK_BLOCK = 128
+_R = TypeVar("_R")
 
 
 class NonconformityError(AssertionError):
@@ -100,7 +114,7 @@ def call(
     # v has no part in the LSE, so its gradient may be absent when only the LSE is differentiated.
     dq, dk, dv = torch.autograd.grad(ys, (q, k, v), dys, materialize_grads=not use_dout)
     for name, x, dx in (("dq", q, dq), ("dk", k, dk), ("dv", v, dv)):
-        _check_like(name, dx, x.shape, x.dtype, x.device)
+        require_like(name, dx, x.shape, x.dtype, x.device)
     lse = None if result.softmax_lse is None else result.softmax_lse.detach()
     return CallResult(result.out.detach(), lse, result.s_dmask, dq.detach(), dk.detach(), dv.detach())
 
@@ -117,19 +131,19 @@ def forward(
     if not wants_lse:
         require_that(
             isinstance(returned, torch.Tensor),
-            f"attention must return out alone without return_attn_probs, got {_kind(returned)}",
+            f"attention must return out alone without return_attn_probs, got {kind_of(returned)}",
         )
-        _check_like("out", returned, q.shape, q.dtype, q.device)
+        require_like("out", returned, q.shape, q.dtype, q.device)
         return CallResult(returned)
     require_that(
         isinstance(returned, (tuple, list)) and len(returned) == 3,
-        f"return_attn_probs=True must return (out, softmax_lse, S_dmask), got {_kind(returned)}",
+        f"return_attn_probs=True must return (out, softmax_lse, S_dmask), got {kind_of(returned)}",
     )
     out, lse, s_dmask = returned
-    _check_like("out", out, q.shape, q.dtype, q.device)
+    require_like("out", out, q.shape, q.dtype, q.device)
     batch, seqlen_q, nheads, _ = q.shape
     lse_dtypes = (torch.float32, torch.promote_types(q.dtype, torch.float32))
-    _check_like("softmax_lse", lse, (batch, nheads, seqlen_q), lse_dtypes, q.device)
+    require_like("softmax_lse", lse, (batch, nheads, seqlen_q), lse_dtypes, q.device)
     return CallResult(out, lse, s_dmask)
 
 
@@ -157,14 +171,42 @@ def keep_mask_of(s_dmask: torch.Tensor, case: Case) -> torch.Tensor:
     return ~torch.signbit(s_dmask[:, :, : case.seqlen_q, : case.seqlen_k])
 
 
-def _check_like(
+def check_refusal(declared: Iterable[str], run: Callable[[], _R], check: Callable[[_R], None]) -> None:
+    """Check that a declared gap is loud, or no gap after all: users suffer from silently wrong results.
+
+    Args:
+        declared: what the subject declares unsupported.
+        run: calls the subject.
+        check: raises AssertionError for a wrong result.
+
+    Raises:
+        UnsupportedError: the call was refused with an error, as it should be.
+        NonconformityError: it returned a wrong result.
+    """
+    reason = f"declared unsupported: {', '.join(declared)}"
+    try:
+        result = run()
+    except NonconformityError:
+        raise
+    except Exception as refusal:  # noqa: BLE001 - any error counts as a refusal
+        raise UnsupportedError(f"{reason}; refused with {type(refusal).__name__}: {refusal}") from None
+    try:
+        check(result)
+    except AssertionError as wrong:
+        raise NonconformityError(
+            f"{reason}, but the call returned a wrong result without an error:\n{wrong}"
+        ) from wrong
+
+
+def require_like(
     name: str,
     x: Any,
     shape: tuple[int, ...],
     dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    require_that(isinstance(x, torch.Tensor), f"{name} must be a tensor, got {_kind(x)}")
+    """Require a tensor of a shape, of one of some dtypes, on a device."""
+    require_that(isinstance(x, torch.Tensor), f"{name} must be a tensor, got {kind_of(x)}")
     require_that(
         tuple(x.shape) == tuple(shape), f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}"
     )
@@ -175,7 +217,8 @@ def _check_like(
     require_that(x.device == device, f"{name} must be on {device}, got {x.device}")
 
 
-def _kind(x: Any) -> str:
+def kind_of(x: Any) -> str:
+    """Say what was returned."""
     if isinstance(x, torch.Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
     return f"{type(x).__name__} of length {len(x)}" if isinstance(x, (tuple, list)) else type(x).__name__

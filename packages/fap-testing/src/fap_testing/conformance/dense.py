@@ -8,6 +8,7 @@ from fap_testing.conformance.calls import (
     CallResult,
     NonconformityError,
     call,
+    check_refusal,
     keep_mask_of,
     require_that,
     seeded,
@@ -46,7 +47,7 @@ def check_case(subject: Subject, case: Case, dtype: torch.dtype) -> None:
     # A subject draws its dropout mask from torch's generator: seeded, so that a failure can be repeated.
     with seeded(subject.device, subject.seed):
         if declared:
-            _check_refusal(subject, inputs, declared)
+            check_refusal(declared, lambda: call(subject, inputs), lambda r: check_result(subject, inputs, r))
         else:
             check_result(subject, inputs, call(subject, inputs))
 
@@ -75,24 +76,3 @@ def check_result(subject: Subject, inputs: CaseInputs, result: CallResult, **gra
     }
     expect(inputs, keep_mask=keep_mask, **gradients).check(**result.tensors())
     inputs.assert_untouched()
-
-
-def _check_refusal(subject: Subject, inputs: CaseInputs, declared: list[str]) -> None:
-    """A declared gap must be loud, or no gap after all: silently wrong results are what users suffer from."""
-    reason = f"declared unsupported: {', '.join(declared)}"
-    try:
-        result = call(subject, inputs)
-    except NonconformityError:
-        raise
-    except Exception as refusal:  # noqa: BLE001 - any error counts as a refusal
-        raise UnsupportedError(f"{reason}; refused with {type(refusal).__name__}: {refusal}") from None
-    if inputs.case.dropout_p > 0.0 and result.s_dmask is None:
-        raise NonconformityError(
-            f"{reason}, but the call returned without an error and without the dropout mask"
-        )
-    try:
-        check_result(subject, inputs, result)
-    except AssertionError as wrong:
-        raise NonconformityError(
-            f"{reason}, but the call returned a wrong result without an error:\n{wrong}"
-        ) from wrong

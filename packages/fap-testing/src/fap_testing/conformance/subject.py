@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fap_testing.cases import FEATURES
+from fap_testing.cases_kvcache import KVCACHE_FEATURES
+from fap_testing.cases_varlen import VARLEN_FEATURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
     import torch
 
-    from fap_testing.cases import Case
+__all__ = ["KVCacheSubject", "Subject", "UnsupportedError", "VarlenSubject"]
 
-__all__ = ["Subject", "UnsupportedError"]
+
+class AnyCase(Protocol):
+    """A case of any suite."""
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What an implementation must support to run it."""
 
 
 class UnsupportedError(Exception):
@@ -42,6 +50,7 @@ class Subject:
         ValueError: an unknown feature, or no dtype.
     """
 
+    features: ClassVar[Mapping[str, str]] = FEATURES
     attention: Callable[..., Any]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device | str = "cpu"
@@ -53,10 +62,11 @@ class Subject:
         if isinstance(self.unsupported, str):
             raise ValueError(f"unsupported must be a collection of names, got {self.unsupported!r}")
         unknown = sorted(
-            name for names in self.unsupported for name in names.split("+") if name not in FEATURES
+            name for names in self.unsupported for name in names.split("+") if name not in self.features
         )
         if unknown:
-            raise ValueError(f"unsupported has unknown features {unknown}, accepted: {', '.join(FEATURES)}")
+            accepted = ", ".join(self.features)
+            raise ValueError(f"unsupported has unknown features {unknown}, accepted: {accepted}")
         if not self.dtypes:
             raise ValueError("dtypes must name at least one dtype to test with, got none")
 
@@ -64,7 +74,7 @@ class Subject:
         """Whether a call that asks for all of these features together must work."""
         return not self._declared(frozenset(features))
 
-    def provides(self, output: str, case: Case) -> bool:
+    def provides(self, output: str, case: AnyCase) -> bool:
         """Whether a case's call must give an output, ``"backward"`` or ``"lse"`` for instance.
 
         Unlike :meth:`supports`, a gap in the case's own features says nothing about its outputs.
@@ -77,9 +87,36 @@ class Subject:
         if declared:
             raise UnsupportedError(f"declared unsupported: {', '.join(declared)}")
 
-    def unsupported_in(self, case: Case) -> list[str]:
+    def unsupported_in(self, case: AnyCase) -> list[str]:
         """Return the declarations that excuse the subject from a case; empty if it has to work."""
         return self._declared(case.features)
 
     def _declared(self, features: frozenset[str]) -> list[str]:
         return sorted(names for names in self.unsupported if features.issuperset(names.split("+")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarlenSubject(Subject):
+    """An attention over packed sequences under test: a callable with flash_attn_varlen_func's signature.
+
+    ``attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, ...)`` takes the options of
+    flash_attn_func and ``block_table``, and ``seqused_q`` and ``seqused_k`` unless it declares ``"seqused"``
+    unsupported. Attributes are :class:`Subject`'s; the names in ``unsupported`` are from
+    :data:`fap_testing.cases_varlen.VARLEN_FEATURES`.
+    """
+
+    features: ClassVar[Mapping[str, str]] = VARLEN_FEATURES
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCacheSubject(Subject):
+    """An attention over a key/value cache under test: a callable with flash_attn_with_kvcache's signature.
+
+    ``attention(q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
+    return_softmax_lse=False)`` writes to the caches. Attributes are :class:`Subject`'s; the names in
+    ``unsupported`` are from :data:`fap_testing.cases_kvcache.KVCACHE_FEATURES`.
+    """
+
+    features: ClassVar[Mapping[str, str]] = KVCACHE_FEATURES

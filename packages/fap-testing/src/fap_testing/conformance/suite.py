@@ -8,17 +8,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pytest
 
-from fap_testing.cases import Case, select
+from fap_testing.cases import select
+from fap_testing.cases_kvcache import select_kvcache
 from fap_testing.conformance.bad_input import MISTAKES, check_mistake
 from fap_testing.conformance.behaviours import BEHAVIOURS
 from fap_testing.conformance.dense import check_case
 from fap_testing.conformance.dropout import DROPOUT_BEHAVIOURS
-from fap_testing.conformance.subject import Subject, UnsupportedError
+from fap_testing.conformance.kvcache import check_kvcache_case
+from fap_testing.conformance.kvcache_bad_input import KVCACHE_MISTAKES, check_kvcache_mistake
+from fap_testing.conformance.kvcache_behaviours import KVCACHE_BEHAVIOURS
+from fap_testing.conformance.subject import KVCacheSubject, Subject, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["AttentionConformance", "Check", "Outcome", "Report", "conformance_checks", "run_conformance"]
+    from fap_testing.conformance.subject import AnyCase
+
+__all__ = [
+    "AttentionConformance",
+    "Check",
+    "KVCacheConformance",
+    "Outcome",
+    "Report",
+    "conformance_checks",
+    "run_conformance",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,36 +83,71 @@ class Report:
             raise AssertionError(str(self))
 
 
-def conformance_checks(subject: Subject, cases: Iterable[Case] | None = None) -> Iterator[Check]:
+@dataclass(frozen=True, slots=True)
+class _Suite:
+    """What there is to check about one kind of subject."""
+
+    quick: Callable[[], Iterable[Any]]
+    check_case: Callable[[Any, Any, Any], None]
+    behaviours: Mapping[str, Callable[[Any, Any], None]]
+    check_mistake: Callable[[Any, Any, Any], None]
+    mistakes: Mapping[str, Any]
+
+
+_SUITES: dict[type[Subject], _Suite] = {
+    Subject: _Suite(
+        quick=partial(select, "quick"),
+        check_case=check_case,
+        behaviours=BEHAVIOURS | DROPOUT_BEHAVIOURS,
+        check_mistake=check_mistake,
+        mistakes=MISTAKES,
+    ),
+    KVCacheSubject: _Suite(
+        quick=partial(select_kvcache, "quick"),
+        check_case=check_kvcache_case,
+        behaviours=KVCACHE_BEHAVIOURS,
+        check_mistake=check_kvcache_mistake,
+        mistakes=KVCACHE_MISTAKES,
+    ),
+}
+
+
+def conformance_checks(subject: Subject, cases: Iterable[AnyCase] | None = None) -> Iterator[Check]:
     """Yield every check for a subject: cases and behaviours in each of its dtypes, bad inputs in the first.
 
     Args:
-        subject: what to check.
-        cases: default is ``select("quick")``.
+        subject: what to check; its type decides against which of flash-attn's functions.
+        cases: of that function; default is all that are tagged ``"quick"``.
     """
-    cases = select("quick") if cases is None else tuple(cases)
+    suite = _SUITES[_kind(subject)]
+    cases = tuple(suite.quick() if cases is None else cases)
     for dtype in subject.dtypes:
         suffix = str(dtype).removeprefix("torch.")
         for case in cases:
-            yield Check(f"{case.name}-{suffix}", partial(check_case, subject, case, dtype))
-        for name, behaviour in (BEHAVIOURS | DROPOUT_BEHAVIOURS).items():
+            yield Check(f"{case}-{suffix}", partial(suite.check_case, subject, case, dtype))
+        for name, behaviour in suite.behaviours.items():
             yield Check(f"{name}-{suffix}", partial(behaviour, subject, dtype))
-    for name, mistake in MISTAKES.items():
-        yield Check(f"refuses_{name}", partial(check_mistake, subject, subject.dtypes[0], mistake))
+    for name, mistake in suite.mistakes.items():
+        yield Check(f"refuses_{name}", partial(suite.check_mistake, subject, subject.dtypes[0], mistake))
+
+
+def _kind(subject: Subject) -> type[Subject]:
+    return next(kind for kind in type(subject).__mro__ if kind in _SUITES)
 
 
 def run_conformance(
     attention: Callable[..., Any] | Subject,
     *,
-    cases: Iterable[Case] | None = None,
+    cases: Iterable[AnyCase] | None = None,
     stop_at_first_failure: bool = False,
     **options: Any,
 ) -> Report:
-    """Check an attention implementation against the oracle and flash_attn_func's contract; return a report.
+    """Check an attention implementation against the oracle and flash-attn's contract; return a report.
 
     Args:
-        attention: a callable with flash_attn_func's signature, or a :class:`Subject`.
-        cases: default is ``select("quick")``.
+        attention: a callable with flash_attn_func's signature, or a :class:`Subject`; for other functions,
+            its subclass for them.
+        cases: default is all that are tagged ``"quick"``.
         stop_at_first_failure: return as soon as a check fails.
         options: :class:`Subject`'s other fields, such as ``dtypes``, ``device`` and ``unsupported``.
 
@@ -134,15 +183,20 @@ class AttentionConformance:
 
     Attributes:
         subject: what to check. A subclass must set it.
-        cases: the cases to run; ``select("quick")`` unless a subclass sets others.
+        cases: the cases to run; all that are tagged ``"quick"`` unless a subclass sets others.
     """
 
     subject: ClassVar[Subject]
-    cases: ClassVar[Iterable[Case] | None] = None
+    cases: ClassVar[Iterable[AnyCase] | None] = None
+    subject_type: ClassVar[type[Subject]] = Subject
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Make one test per check."""
         if "conformance_check" in metafunc.fixturenames:
+            if _kind(self.subject) is not self.subject_type:
+                raise TypeError(
+                    f"subject must be a {self.subject_type.__name__}, got {type(self.subject).__name__}"
+                )
             checks = list(conformance_checks(self.subject, self.cases))
             metafunc.parametrize("conformance_check", checks, ids=str)
 
@@ -152,3 +206,9 @@ class AttentionConformance:
             conformance_check.run()
         except UnsupportedError as gap:
             pytest.skip(str(gap))
+
+
+class KVCacheConformance(AttentionConformance):
+    """The suite for flash_attn_with_kvcache; ``subject`` is a :class:`KVCacheSubject`."""
+
+    subject_type: ClassVar[type[Subject]] = KVCacheSubject

@@ -8,6 +8,7 @@ from fap_kernels import attention_backward, attention_forward, attention_probabi
 from fap_testing.cases import Case
 from fap_testing.expectation import expect
 from fap_testing.inputs import CaseInputs, make_inputs
+from fap_testing.inputs_varlen import VarlenInputs
 
 
 def check_case(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -44,3 +45,17 @@ def check_weights(case: Case, weights: torch.Tensor, softmax_lse: torch.Tensor) 
     assert not torch.signbit(padding).any(), "weights beyond the lengths must not count as dropped"
     sums = weights[:, :, : case.seqlen_q, : case.seqlen_k].abs().sum(-1, dtype=torch.float32)
     torch.testing.assert_close(sums, torch.where(softmax_lse == torch.inf, 0.0, 1.0), atol=2e-2, rtol=0.0)
+
+
+def keep_masks(inputs: VarlenInputs, rng_state: torch.Tensor) -> torch.Tensor:
+    """The masks of all sequences, which are those of a dense call with as many batch entries."""
+    batch = len(inputs.cu_seqlens_q) - 1
+    q, k = (
+        torch.zeros(
+            batch, inputs.lengths[f"max_seqlen_{side}"], *x.shape[-2:], dtype=x.dtype, device=x.device
+        )
+        for side, x in (("q", inputs.q), ("k", inputs.k))
+    )
+    lse = torch.zeros(batch, q.shape[2], q.shape[1], device=q.device)
+    dropout_p = inputs.case.options["dropout_p"]
+    return ~torch.signbit(attention_probabilities(q, k, lse, dropout_p=dropout_p, rng_state=rng_state))

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import keep_masks
 
 from fap_kernels import (
-    attention_probabilities,
     attention_varlen_backward,
     attention_varlen_forward,
     target,
 )
 from fap_testing.cases_varlen import VarlenCase, select_varlen
 from fap_testing.expectation import expect_varlen
-from fap_testing.inputs_varlen import VarlenInputs, make_varlen_inputs
+from fap_testing.inputs_varlen import make_varlen_inputs
 
 # NumPy warns where a GPU's exp2 overflows to inf as the kernels intend.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -36,22 +36,10 @@ def check_case(case: VarlenCase, dtype: torch.dtype, device: str) -> None:
         dlse=inputs.dlse,
         rng_state=rng_state,
     )
-    keep_mask = None if rng_state is None else _keep_masks(inputs, rng_state)
+    keep_mask = None if rng_state is None else keep_masks(inputs, rng_state)
     expected = expect_varlen(inputs, keep_mask=keep_mask)
     expected.check(out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv)
     inputs.assert_untouched()
-
-
-def _keep_masks(inputs: VarlenInputs, rng_state: torch.Tensor) -> torch.Tensor:
-    """The masks of all sequences, which are those of a dense call with as many batch entries."""
-    batch = len(inputs.cu_seqlens_q) - 1
-    q, k = (
-        torch.zeros(batch, inputs.lengths[f"max_seqlen_{side}"], *x.shape[1:], dtype=x.dtype, device=x.device)
-        for side, x in (("q", inputs.q), ("k", inputs.k))
-    )
-    lse = torch.zeros(batch, q.shape[2], q.shape[1], device=q.device)
-    dropout_p = inputs.case.options["dropout_p"]
-    return ~torch.signbit(attention_probabilities(q, k, lse, dropout_p=dropout_p, rng_state=rng_state))
 
 
 def unpaged(*tags: str) -> list[VarlenCase]:

@@ -7,17 +7,22 @@ Importing this package imports neither Triton nor CUDA; the first call does.
 """
 
 from .attention import attention_backward, attention_forward, attention_probabilities
+from .kvcache import attention_kvcache_forward, kvcache_append
 from .problem import AttentionProblem
+from .rotary.apply import apply_rotary
 from .support import unsupported_reasons
 from .varlen import attention_varlen_backward, attention_varlen_forward
 
 __all__ = [
     "AttentionProblem",
+    "apply_rotary",
     "attention_backward",
     "attention_forward",
+    "attention_kvcache_forward",
     "attention_probabilities",
     "attention_varlen_backward",
     "attention_varlen_forward",
+    "kvcache_append",
     "unsupported_reasons",
 ]
 __version__ = "0.1.0"

@@ -9,10 +9,20 @@ import torch
 from .support import require_supported
 
 if TYPE_CHECKING:
+    from .cache import Cache
     from .packing import Packing
     from .problem import AttentionProblem
 
-__all__ = ["backward", "check_like", "check_rng_state", "check_vector", "forward", "unit_last_stride"]
+__all__ = [
+    "append",
+    "backward",
+    "cached_forward",
+    "check_like",
+    "check_rng_state",
+    "check_vector",
+    "forward",
+    "unit_last_stride",
+]
 
 
 def forward(
@@ -81,6 +91,53 @@ def backward(
     plan_dkdv(problem, target, inputs, dk, dv).run(q.device)
     plan_dq(problem, target, inputs, dq).run(q.device)
     return dq, dk, dv
+
+
+def cached_forward(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    cache: Cache,
+    num_splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and softmax_lse of attention to a cache; ``num_splits`` 0 chooses."""
+    require_supported(problem)
+    from .decode.launch import few_queries, plan_decode
+    from .forward.launch import plan_forward
+    from .target import processors_of, target_of
+
+    (q,) = unit_last_stride(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    softmax_lse = torch.empty(_vector_shape(q), dtype=torch.float32, device=q.device)
+    target = target_of(q.device)
+    tensors = (q, k_cache, v_cache, out, softmax_lse, alibi_slopes)
+    if few_queries(problem):
+        launches = plan_decode(problem, target, processors_of(q.device), *tensors, cache, num_splits)
+    else:
+        launches = [plan_forward(problem, target, *tensors, None, cache=cache)]
+    for launch in launches:
+        launch.run(q.device)
+    return out, softmax_lse
+
+
+def append(
+    problem: AttentionProblem,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: Cache,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    interleaved: bool,
+) -> None:
+    """Write k, rotated by ``angles``, and v into the cache."""
+    require_supported(problem)
+    from .decode.launch import plan_append
+
+    k, v = unit_last_stride(k, v)
+    plan_append(k_cache, v_cache, k, v, cache, angles, interleaved).run(k.device)
 
 
 def unit_last_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

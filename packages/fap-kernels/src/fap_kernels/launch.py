@@ -17,6 +17,7 @@ from .head_dim import split_head_dim
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .cache import Cache
     from .packing import Packing
     from .problem import AttentionProblem
     from .target import Target
@@ -25,6 +26,7 @@ __all__ = [
     "UNSPECIALIZED",
     "Launch",
     "descriptors_fit",
+    "key_arguments",
     "option_arguments",
     "packing_arguments",
     "part_arguments",
@@ -48,6 +50,16 @@ UNSPECIALIZED = (
     "window_right",
     "alibi_stride",
     "keep_threshold",
+    "cache_rows",
+    "rows_added",
+    "table_stride",
+    "page_bits",
+    "splits",
+    "table_rows",
+    "capacity",
+    "offset",
+    "seqlen",
+    "seqlen_new",
 )
 """Numbers whose value must never make Triton compile again."""
 
@@ -131,6 +143,50 @@ def packing_arguments(packing: Packing | None) -> dict[str, torch.Tensor | None]
     if packing is None:
         return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"))
     return dict(packing.arguments())
+
+
+def key_arguments(
+    k: torch.Tensor, v: torch.Tensor, rows: int, parts: tuple[int, int], target: Target,
+    packing: Packing | None, cache: Cache | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments by which a kernel loads tiles of ``rows`` keys and values, wherever they lie."""
+    pages = cache or packing
+    paged = pages is not None and pages.block_table is not None
+    cache_rows = None if cache is None or paged else _rows_between_entries(k, v)
+    use_descriptors = (
+        descriptors_fit(target, k, v) and not paged and (cache is None or cache_rows is not None)
+    )
+    packed = packing is not None or cache is not None
+    arguments = {
+        **row_arguments("k", k, rows, parts, use_descriptors, packed),
+        **row_arguments("v", v, rows, parts, use_descriptors, packed),
+        "cu_seqlens_k": None if packing is None else packing.cu_seqlens_k,
+        "seqused_k": None if packing is None else packing.seqused_k,
+        "cache_rows": cache_rows if use_descriptors else None,
+        **dict.fromkeys(("cache_batch_idx", "cache_leftpad", "rows_added")),
+        **dict.fromkeys(("block_table", "table_stride", "page_bits")),
+    }
+    if cache is not None:
+        arguments["seqused_k"] = cache.seqlens
+        arguments["cache_batch_idx"] = cache.batch_idx
+        arguments["cache_leftpad"] = cache.leftpad
+        arguments["rows_added"] = cache.seqlen_new if cache.seqlens is not None else 0
+    if pages is not None and pages.block_table is not None:
+        arguments["block_table"] = pages.block_table
+        arguments["table_stride"] = pages.block_table.stride(0)
+        arguments["page_bits"] = pages.page_size.bit_length() - 1
+    return arguments
+
+
+def _rows_between_entries(k: torch.Tensor, v: torch.Tensor) -> int | None:
+    """How many rows after an entry of a cache the next one starts, if k and v agree on a whole number."""
+    distances = {
+        x.stride(0) // x.stride(1)
+        if x.shape[1] > 1 and x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0
+        else None
+        for x in (k, v)
+    }
+    return distances.pop() if len(distances) == 1 else None
 
 
 def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:

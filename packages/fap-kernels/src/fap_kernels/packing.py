@@ -10,7 +10,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Packing"]
+__all__ = ["LEAST_PAGE_SIZE", "Packing", "check_block_table", "check_index"]
+
+LEAST_PAGE_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +26,10 @@ class Packing:
         max_seqlen_q, max_seqlen_k: no sequence is longer.
         seqused_q, seqused_k: int32 ``(batch,)``, how many of a sequence's rows count, from its first on; None
             for all.
+        block_table: int32 ``(batch, max_pages)``: row p of a sequence's keys lies in page
+            ``block_table[b, p // page_size]``, and ``cu_seqlens_k`` tells the lengths alone; None where k and
+            v are packed as well.
+        page_size: rows of a page, a power of two; 0 without pages.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -32,6 +38,8 @@ class Packing:
     max_seqlen_k: int
     seqused_q: torch.Tensor | None = None
     seqused_k: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    page_size: int = 0
 
     @property
     def batch(self) -> int:
@@ -48,6 +56,8 @@ class Packing:
         max_seqlen_k: int,
         seqused_q: torch.Tensor | None = None,
         seqused_k: torch.Tensor | None = None,
+        block_table: torch.Tensor | None = None,
+        page_size: int = 0,
     ) -> Packing:
         """Check a packed batch's bounds and return its description.
 
@@ -59,14 +69,16 @@ class Packing:
         if not isinstance(q, torch.Tensor):
             raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
         device = q.device
-        _check_index("cu_seqlens_q", cu_seqlens_q, device)
+        check_index("cu_seqlens_q", cu_seqlens_q, device)
         if cu_seqlens_q.shape[0] < 1:
             raise RuntimeError("cu_seqlens_q must have shape (batch + 1,), got shape (0,)")
         batch = cu_seqlens_q.shape[0] - 1
-        _check_index("cu_seqlens_k", cu_seqlens_k, device, batch + 1, "(batch + 1,)")
+        check_index("cu_seqlens_k", cu_seqlens_k, device, batch + 1, "(batch + 1,)")
         for name, seqused in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
             if seqused is not None:
-                _check_index(name, seqused, device, batch, "(batch,)")
+                check_index(name, seqused, device, batch, "(batch,)")
+        if block_table is not None:
+            check_block_table(block_table, page_size, batch, device)
         return cls(
             cu_seqlens_q=cu_seqlens_q.contiguous(),
             cu_seqlens_k=cu_seqlens_k.contiguous(),
@@ -74,6 +86,8 @@ class Packing:
             max_seqlen_k=_length("max_seqlen_k", max_seqlen_k),
             seqused_q=None if seqused_q is None else seqused_q.contiguous(),
             seqused_k=None if seqused_k is None else seqused_k.contiguous(),
+            block_table=block_table,
+            page_size=page_size,
         )
 
     def arguments(self) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -82,9 +96,10 @@ class Packing:
             yield name, getattr(self, name)
 
 
-def _check_index(
+def check_index(
     name: str, x: Any, device: torch.device, length: int | None = None, shape: str = "(batch + 1,)"
 ) -> None:
+    """Raise unless ``x`` is an int32 vector on ``device``, of ``length`` if that is given."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype != torch.int32:
@@ -94,6 +109,29 @@ def _check_index(
     if x.dim() != 1 or length not in (None, x.shape[0]):
         expected = shape if length is None else f"{shape} = ({length},)"
         raise RuntimeError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def check_block_table(block_table: Any, page_size: int, batch: int, device: torch.device) -> None:
+    """Raise unless ``block_table`` is int32 ``(batch, max_pages)`` and the page size a power of two."""
+    if not isinstance(block_table, torch.Tensor):
+        raise TypeError(f"block_table must be a torch.Tensor, got {type(block_table).__name__}")
+    if block_table.dtype != torch.int32:
+        raise RuntimeError(f"block_table must have dtype int32, got {block_table.dtype}")
+    if block_table.device != device:
+        raise RuntimeError(f"block_table must be on q's device {device}, got {block_table.device}")
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise RuntimeError(
+            f"block_table must have shape (batch, max_pages) = ({batch}, ...), got {tuple(block_table.shape)}"
+        )
+    if page_size < LEAST_PAGE_SIZE or page_size & (page_size - 1):
+        raise RuntimeError(
+            f"the page size (k's second dimension where block_table is given) must be a power of two and at "
+            f"least {LEAST_PAGE_SIZE}, got {page_size}"
+        )
+    if block_table.shape[1] > 1 and block_table.stride(1) != 1:
+        raise RuntimeError(
+            f"block_table must have a last stride of 1, got strides {tuple(block_table.stride())}"
+        )
 
 
 def _length(name: str, value: Any) -> int:

@@ -18,6 +18,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .cache import Cache
     from .packing import Packing
 
 __all__ = ["MAX_HEAD_DIM", "AttentionProblem", "normalize_window"]
@@ -50,6 +51,9 @@ class AttentionProblem:
         return_attn_probs: ``softmax_lse`` and, with dropout, the probabilities are handed to the caller.
         packed: the sequences lie one behind the other, q ``(total_q, nheads, head_dim)``, k and v
             ``(total_k, nheads_k, head_dim)``, and ``seqlen_q``, ``seqlen_k`` are what none of them exceeds.
+        paged: k and v are ``(num_pages, page_size, nheads_k, head_dim)``, and a table says which pages are
+            whose.
+        cached: k and v are a cache of which each sequence has a length of its own, up to ``seqlen_k``.
     """
 
     batch: int
@@ -71,6 +75,8 @@ class AttentionProblem:
     needs_grad: bool
     return_attn_probs: bool = False
     packed: bool = False
+    paged: bool = False
+    cached: bool = False
 
     @classmethod
     def describe(
@@ -89,14 +95,16 @@ class AttentionProblem:
         needs_grad: bool = False,
         return_attn_probs: bool = False,
         packing: Packing | None = None,
+        cache: Cache | None = None,
     ) -> AttentionProblem:
         """Check the tensors and options of one call and return its description.
 
         Args:
             q: ``(batch, seqlen_q, nheads, head_dim)``; with ``packing`` ``(total_q, nheads, head_dim)``.
             k, v: ``(batch, seqlen_k, nheads_k, head_dim)``, in q's dtype and on q's device; with ``packing``
-                ``(total_k, nheads_k, head_dim)``.
+                ``(total_k, nheads_k, head_dim)``; with pages ``(num_pages, page_size, nheads_k, head_dim)``.
             packing: where packed sequences lie.
+            cache: where in k and v the sequences lie, if these are a cache.
             softmax_scale: None stands for ``1 / sqrt(head_dim)``.
             window_size: ``(left, right)``, any sequence or tensor of two integers; -1 is no bound.
             alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)`` on q's device.
@@ -106,9 +114,13 @@ class AttentionProblem:
             ValueError: an option outside its range.
             TypeError: an argument of the wrong type.
         """
-        _check_tensors(q, k, v, packed=packing is not None)
+        pages = cache or packing
+        paged = pages is not None and pages.block_table is not None
+        _check_tensors(q, k, v, packed=packing is not None, paged=paged, cached=cache is not None)
         nheads, head_dim = q.shape[-2:]
-        if packing is None:
+        if cache is not None:
+            batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], cache.capacity
+        elif packing is None:
             batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
         else:
             batch, seqlen_q, seqlen_k = packing.batch, packing.max_seqlen_q, packing.max_seqlen_k
@@ -134,6 +146,8 @@ class AttentionProblem:
             needs_grad=needs_grad,
             return_attn_probs=_as_flag("return_attn_probs", return_attn_probs),
             packed=packing is not None,
+            paged=paged,
+            cached=cache is not None,
         )
 
 
@@ -181,18 +195,13 @@ def _as_bound(value: Any, window_size: Any) -> int:
         raise TypeError(f"window_size must be two integers (left, right), got {window_size!r}") from error
 
 
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool) -> None:
-    layout = "(total, nheads, headdim)" if packed else "(batch, seqlen, nheads, headdim)"
-    rank = 3 if packed else 4
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got a nested tensor")
-        if x.layout != torch.strided:
-            raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
-        if x.dim() != rank:
-            raise RuntimeError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
+def _check_tensors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed: bool, paged: bool, cached: bool
+) -> None:
+    rows = "(total, nheads, headdim)" if packed else "(batch, seqlen, nheads, headdim)"
+    keys = "(num_pages, page_size, nheads, headdim)" if paged else rows
+    for name, x, layout in (("q", q, rows), ("k", k, keys), ("v", v, keys)):
+        _check_layout(name, x, layout)
     if q.dtype not in SUPPORTED_DTYPES:
         raise RuntimeError(
             "FlashAttention only support fp16 and bf16 data type (float32 and float64 here too, where the "
@@ -213,7 +222,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed:
             raise RuntimeError(
                 f"q, k and v must be on the same device, got q on {q.device} and {name} on {x.device}"
             )
-        if not packed and x.shape[0] != q.shape[0]:
+        if not (packed or cached) and x.shape[0] != q.shape[0]:
             raise RuntimeError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
         if x.shape[-1] != head_dim:
             raise RuntimeError(f"{name} must have q's head dimension {head_dim}, got {x.shape[-1]}")
@@ -225,6 +234,18 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, packed:
             "Number of heads in key/value must divide number of heads in query, "
             f"got {nheads_k} heads in k and v and {nheads} heads in q"
         )
+
+
+def _check_layout(name: str, x: torch.Tensor, layout: str) -> None:
+    rank = layout.count(",") + 1
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got a nested tensor")
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
+    if x.dim() != rank:
+        raise RuntimeError(f"{name} must have {rank} dimensions {layout}, got shape {tuple(x.shape)}")
 
 
 def _check_scale(softmax_scale: float | None, head_dim: int) -> float:

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from .problem import AttentionProblem
 
-__all__ = ["require_supported", "unsupported_reasons"]
+__all__ = ["require_supported", "require_supported_tensor", "unsupported_reasons"]
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -20,17 +20,26 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     Triton is imported only where the answer depends on it.
     """
     reasons = []
-    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"dtype must be float16, bfloat16 or float32, got {problem.dtype}")
+    if problem.paged and problem.needs_grad:
+        reasons.append("keys and values in pages (block_table) have no gradients")
+    if problem.paged and problem.dropout_p > 0.0 and problem.return_attn_probs:
+        reasons.append("return_attn_probs with dropout needs keys that do not lie in pages (block_table)")
+    return _tensor_reasons(problem.dtype, problem.device) + reasons
+
+
+def _tensor_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
+    reasons = []
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"dtype must be float16, bfloat16 or float32, got {dtype}")
     if importlib.util.find_spec("triton") is None:
         return [*reasons, "Triton is not installed: pip install triton"]
-    if problem.device.type == "cuda":
-        reasons += _device_reasons(problem.device)
-    elif problem.device.type == "cpu" and _interpreter_requested():
-        reasons += _interpreter_reasons(problem)
+    if device.type == "cuda":
+        reasons += _device_reasons(device)
+    elif device.type == "cpu" and _interpreter_requested():
+        reasons += _interpreter_reasons(dtype)
     else:
         reasons.append(
-            f"tensors must be on a CUDA or ROCm device, got {problem.device} "
+            f"tensors must be on a CUDA or ROCm device, got {device} "
             "(on the CPU the kernels run in Triton's interpreter "
             "if TRITON_INTERPRET=1 is set before they are imported)"
         )
@@ -40,6 +49,13 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
 def require_supported(problem: AttentionProblem) -> None:
     """Raise a RuntimeError with every reason if the kernels cannot run ``problem``."""
     reasons = unsupported_reasons(problem)
+    if reasons:
+        raise RuntimeError("fap-kernels cannot run this call: " + "; ".join(reasons))
+
+
+def require_supported_tensor(x: torch.Tensor) -> None:
+    """Raise a RuntimeError with every reason if the kernels cannot run on ``x``, whatever they do with it."""
+    reasons = _tensor_reasons(x.dtype, x.device)
     if reasons:
         raise RuntimeError("fap-kernels cannot run this call: " + "; ".join(reasons))
 
@@ -57,11 +73,11 @@ def _interpreter_requested() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
 
 
-def _interpreter_reasons(problem: AttentionProblem) -> list[str]:
+def _interpreter_reasons(dtype: torch.dtype) -> list[str]:
     from .target import interpreting
 
     if not interpreting():
         return ["TRITON_INTERPRET=1 was set after the kernels were imported; set it before"]
-    if problem.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return ["Triton's interpreter computes bfloat16 wrongly; use float32 or float16 on the CPU"]
     return []

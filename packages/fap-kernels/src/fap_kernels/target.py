@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["Target", "interpreting", "target_of"]
+__all__ = ["Target", "interpreting", "processors_of", "target_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,18 @@ def _target_of_index(index: int) -> Target:
     if capability[0] in (10, 11):
         return SM_100
     return SM_80
+
+
+def processors_of(device: torch.device) -> int:
+    """How many multiprocessors run ``device``'s programs."""
+    if interpreting():
+        return 8  # so that short sequences are split
+    return _processors_of_index(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _processors_of_index(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @cache

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from . import execute
 from .packing import Packing
 from .problem import AttentionProblem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 __all__ = ["attention_varlen_backward", "attention_varlen_forward"]
 
@@ -27,6 +27,7 @@ def attention_varlen_forward(
     *,
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] | torch.Tensor = (-1, -1),
@@ -48,6 +49,10 @@ def attention_varlen_forward(
         max_seqlen_q, max_seqlen_k: no sequence is longer. Queries beyond ``max_seqlen_q`` are not computed.
         seqused_q, seqused_k: int32 ``(batch,)``, how many rows of each sequence count, from its first on;
             None for all. The queries that do not count get out 0 and softmax_lse +inf.
+        block_table: int32 ``(batch, max_pages)``; k and v are then ``(num_pages, page_size, nheads_k,
+            head_dim)``, key p of sequence b is row ``p % page_size`` of page ``block_table[b, p //
+            page_size]``, and ``cu_seqlens_k`` tells the lengths alone. The page size is a power of two and at
+            least 16. There is no backward pass for keys in pages.
         softmax_scale, causal, window_size, softcap, dropout_p, rng_state: as for the dense function;
             positions are counted within each sequence, and causal masks align each at its own ends.
         alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``.
@@ -60,14 +65,25 @@ def attention_varlen_forward(
         RuntimeError: tensors that do not fit together, or that these kernels do not support.
         ValueError, TypeError: an option out of range or of the wrong type.
     """
+    page_size = k.shape[1] if block_table is not None and isinstance(k, torch.Tensor) and k.dim() == 4 else 0
     packing = Packing.describe(
-        q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k
+        q,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q,
+        seqused_k,
+        block_table,
+        page_size,
     )
     problem = AttentionProblem.describe(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, dropout_p=dropout_p, packing=packing,
     )  # fmt: skip
-    q, k, v = (x[None] for x in (q, k, v))
+    q = q[None]
+    if block_table is None:
+        k, v = k[None], v[None]
     out, softmax_lse, rng_state = execute.forward(problem, q, k, v, alibi_slopes, rng_state, packing)
     return out[0], softmax_lse[0], rng_state
 

@@ -34,8 +34,8 @@ def attention_delta_kernel(
     q_packed = q_start if cu_seqlens_q is not None else None
     if cu_seqlens_q is not None and first >= tl.cdiv(seqlen_q, PADDING) * PADDING:
         return
-    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q)
-    dout_rows = rows.Rows(dout, dout_strides, None, None, q_batch, q_packed, seqlen_q)
+    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q, None)
+    dout_rows = rows.Rows(dout, dout_strides, None, None, q_batch, q_packed, seqlen_q, None)
     out_tile = rows.load(out_rows, head, first, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     dout_tile = rows.load(dout_rows, head, first, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     row_delta = parts.row_dot(out_tile, dout_tile)

@@ -49,10 +49,10 @@ def attention_dkdv_kernel(
     dropout = None
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
-    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q)
-    dout_rows = rows.Rows(dout, dout_strides, dout_part0, dout_part1, q_batch, q_packed, seqlen_q)
-    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k)
-    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k)
+    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q, None)
+    dout_rows = rows.Rows(dout, dout_strides, dout_part0, dout_part1, q_batch, q_packed, seqlen_q, None)
+    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k, None)
+    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k, None)
     k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     vectors = tl.cast(q_batch * nheads, tl.int64) * rows_padded
@@ -97,8 +97,8 @@ def attention_dkdv_kernel(
     if dropout is not None:
         dv_acc = parts.scale(dv_acc, dropout.scale)
     dk_acc = parts.scale(dk_acc, softmax_scale)
-    dk_rows = rows.Rows(dk, dk_strides, None, None, k_batch, k_packed, seqlen_k)
-    dv_rows = rows.Rows(dv, dv_strides, None, None, k_batch, k_packed, seqlen_k)
+    dk_rows = rows.Rows(dk, dk_strides, None, None, k_batch, k_packed, seqlen_k, None)
+    dv_rows = rows.Rows(dv, dv_strides, None, None, k_batch, k_packed, seqlen_k, None)
     rows.store(dk_rows, head_k, first_key, dk_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
     rows.store(dv_rows, head_k, first_key, dv_acc, BLOCK_N, HEAD_DIM, PART0, PART1)
 

@@ -43,10 +43,10 @@ def attention_dq_kernel(
     dropout = None
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
-    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q)
-    dout_rows = rows.Rows(dout, dout_strides, dout_part0, dout_part1, q_batch, q_packed, seqlen_q)
-    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k)
-    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k)
+    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q, None)
+    dout_rows = rows.Rows(dout, dout_strides, dout_part0, dout_part1, q_batch, q_packed, seqlen_q, None)
+    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k, None)
+    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k, None)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     dout_tile = rows.load(dout_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     start = spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
@@ -78,7 +78,7 @@ def attention_dq_kernel(
             HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
 
-    dq_rows = rows.Rows(dq, dq_strides, None, None, q_batch, q_packed, seqlen_q)
+    dq_rows = rows.Rows(dq, dq_strides, None, None, q_batch, q_packed, seqlen_q, None)
     rows.store(dq_rows, head, first_query, parts.scale(acc, softmax_scale), BLOCK_M, HEAD_DIM, PART0, PART1)
 
 

@@ -25,6 +25,7 @@ def attention_forward_kernel(
     q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
     out, out_strides, lse, lse_strides, alibi_slopes, alibi_stride, rng_state,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    cache_batch_idx, cache_leftpad, cache_rows, rows_added, block_table, table_stride, page_bits,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -38,9 +39,16 @@ def attention_forward_kernel(
     """
     batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
+    capacity = seqlen_k
     k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)
+    if rows_added is not None:
+        k_batch, k_start, seqlen_k = spans.in_cache(
+            k_batch, k_start, seqlen_k, batch, cache_batch_idx, cache_leftpad, cache_rows, rows_added,
+            capacity,
+        )  # fmt: skip
     q_packed = q_start if cu_seqlens_q is not None else None
-    k_packed = k_start if cu_seqlens_k is not None else None
+    k_packed = k_start if cu_seqlens_k is not None or rows_added is not None else None
+    pages = rows.Pages(block_table + batch * table_stride, page_bits) if block_table is not None else None
     if cu_seqlens_q is not None and first_query >= seqlen_q:
         return
     queries = first_query + tl.arange(0, BLOCK_M)
@@ -51,9 +59,9 @@ def attention_forward_kernel(
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, keep_scale)
 
-    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q)
-    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k)
-    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k)
+    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q, None)
+    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k, pages)
+    v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k, pages)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -64,17 +72,17 @@ def attention_forward_kernel(
         for first_key in tl.range(
             visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES
         ):
-            acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum = attend(
                 head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
                 acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
-        acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum = attend(
             head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
             acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
-        acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum = attend(
             head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
             acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
         )  # fmt: skip
@@ -82,19 +90,22 @@ def attention_forward_kernel(
     factor, row_lse = softmax.finish(row_max, row_sum)
     if dropout is not None:
         factor *= dropout.scale
-    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q)
+    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q, None)
     rows.store(out_rows, head, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
     entry_lse = rows.vector_of(lse, lse_strides, q_batch, head, q_start)
     rows.store_vector(entry_lse, first_query, row_lse, seqlen_q, BLOCK_M)
 
 
 @triton.jit
-def _attend(
+def attend(
     head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
     acc, row_max, row_sum, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Let the query tile take in the key tile at ``first_key``."""
+    """Let the query tile take in the key tile at ``first_key``.
+
+    ``head`` is a number, or one for each query as a column, where queries of several heads form one tile.
+    """
     keys = first_key + tl.arange(0, BLOCK_N)
     distances = masks.distance(window, queries[:, None], keys[None, :])
     k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)

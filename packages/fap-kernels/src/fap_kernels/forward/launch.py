@@ -8,6 +8,7 @@ from ..config import choose
 from ..launch import (
     Launch,
     descriptors_fit,
+    key_arguments,
     option_arguments,
     packing_arguments,
     part_arguments,
@@ -21,6 +22,7 @@ from .probabilities import attention_probabilities_kernel
 if TYPE_CHECKING:
     import torch
 
+    from ..cache import Cache
     from ..config import TileConfig
     from ..packing import Packing
     from ..problem import AttentionProblem
@@ -43,12 +45,13 @@ def plan_forward(
     alibi_slopes: torch.Tensor | None,
     rng_state: torch.Tensor | None,
     packing: Packing | None = None,
+    cache: Cache | None = None,
     config: TileConfig | None = None,
 ) -> Launch:
     """The launch that fills ``out`` and ``softmax_lse``; ``config`` overrides the table.
 
     Packed tensors come as one batch entry: q ``(1, total_q, nheads, head_dim)``, softmax_lse
-    ``(1, nheads, total_q)``.
+    ``(1, nheads, total_q)``. ``cache`` says where in k and v the keys lie, if they lie in a cache.
     """
     config = config or choose(FORWARD, problem, target)
     use_descriptors = descriptors_fit(target, q, k, v)
@@ -60,14 +63,13 @@ def plan_forward(
         programs=problem.batch * problem.nheads * tiles,
         arguments={
             **row_arguments("q", q, config.block_m, sizes, use_descriptors, problem.packed),
-            **row_arguments("k", k, config.block_n, sizes, use_descriptors, problem.packed),
-            **row_arguments("v", v, config.block_n, sizes, use_descriptors, problem.packed),
+            **packing_arguments(packing),
+            **key_arguments(k, v, config.block_n, sizes, target, packing, cache),
             "out": out,
             "out_strides": strides_of(out),
             "lse": softmax_lse,
             "lse_strides": softmax_lse.stride()[:2],
             "nheads": problem.nheads,
-            **packing_arguments(packing),
             **option_arguments(problem, alibi_slopes, rng_state),
             **part,
             "BLOCK_M": config.block_m,

@@ -33,8 +33,8 @@ def attention_probabilities_kernel(
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
-    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, batch, None, seqlen_q)
-    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, batch, None, seqlen_k)
+    q_rows = rows.Rows(q, q_strides, q_part0, q_part1, batch, None, seqlen_q, None)
+    k_rows = rows.Rows(k, k_strides, k_part0, k_part1, batch, None, seqlen_k, None)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     k_tile = rows.load(k_rows, head // group, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
     start = (batch * nheads + head).to(tl.int64)

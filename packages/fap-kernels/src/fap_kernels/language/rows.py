@@ -18,6 +18,18 @@ up to row ``start + p``, since addresses wrap at ``2**64 = WRAPPING_ROWS * 2**34
 """
 
 
+class Pages(NamedTuple):
+    """Row p of an entry lies in page ``numbers[p >> bits]`` of ``(num_pages, 2**bits, nheads, head_dim)``.
+
+    Fields:
+        numbers: address of the entry's page numbers, int32.
+        bits: binary logarithm of the page size.
+    """
+
+    numbers: Any
+    bits: Any
+
+
 class Rows(NamedTuple):
     """The rows of one tensor that belong to one batch entry, head by head.
 
@@ -30,6 +42,7 @@ class Rows(NamedTuple):
         batch: index along the first dimension.
         packed: the entry's first row where entries are packed along the second dimension, else None.
         length: rows at or beyond it do not exist. They load as zeros and are not stored.
+        pages: where the rows are scattered over pages, else None.
     """
 
     tensor: Any
@@ -39,6 +52,7 @@ class Rows(NamedTuple):
     batch: Any
     packed: Any
     length: Any
+    pages: Any
 
 
 @triton.jit
@@ -102,16 +116,70 @@ def _store_part(rows, head, first, part, COUNT: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
+def load_grouped(rows, heads, positions, HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr):
+    """The rows at ``positions``, each of a head of its own, as parts. Pointers only."""
+    if PART1 == 0:
+        return (_load_grouped_part(rows, heads, positions, HEAD_DIM, 0, PART0),)
+    else:
+        return (
+            _load_grouped_part(rows, heads, positions, HEAD_DIM, 0, PART0),
+            _load_grouped_part(rows, heads, positions, HEAD_DIM, PART0, PART1),
+        )
+
+
+@triton.jit
+def _load_grouped_part(rows, heads, positions, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+                       WIDTH: tl.constexpr):  # fmt: skip
+    column = START + tl.arange(0, WIDTH)
+    address = _addresses(rows, heads[:, None], 0, positions, column)
+    exists = (positions < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
+    return tl.load(address, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_grouped(rows, heads, positions, tile, HEAD_DIM: tl.constexpr, PART0: tl.constexpr,
+                  PART1: tl.constexpr):  # fmt: skip
+    """Store each row of a tile of parts at its position of its head, if that exists. Pointers only."""
+    _store_grouped_part(rows, heads, positions, tile[0], HEAD_DIM, 0, PART0)
+    if PART1 > 0:
+        _store_grouped_part(rows, heads, positions, tile[1], HEAD_DIM, PART0, PART1)
+
+
+@triton.jit
+def _store_grouped_part(rows, heads, positions, part, HEAD_DIM: tl.constexpr, START: tl.constexpr,
+                        WIDTH: tl.constexpr):  # fmt: skip
+    column = START + tl.arange(0, WIDTH)
+    address = _addresses(rows, heads[:, None], 0, positions, column)
+    exists = (positions < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(address, part.to(rows.tensor.dtype.element_ty), mask=exists)
+
+
+@triton.jit
 def _addresses(rows, head, first, row, column):
     # In 64 bits throughout: a tensor may hold more than 2**31 elements, and in a sequence-major layout
     # one row is batch * nheads * head_dim elements long.
     stride = tl.cast(rows.strides[1], tl.int64)
-    corner = (
-        rows.batch * tl.cast(rows.strides[0], tl.int64)
-        + head * tl.cast(rows.strides[2], tl.int64)
-        + (first if rows.packed is None else rows.packed + first) * stride
+    corner = head * tl.cast(rows.strides[2], tl.int64)
+    if rows.pages is None:
+        corner += rows.batch * tl.cast(rows.strides[0], tl.int64)
+        corner += (first if rows.packed is None else rows.packed + first) * stride
+        return rows.tensor + corner + row[:, None] * stride + column[None, :]
+    else:
+        position = first + row
+        index = position >> rows.pages.bits
+        page = tl.load(rows.pages.numbers + index, mask=position < rows.length, other=0)
+        offset = page * tl.cast(rows.strides[0], tl.int64) + (position - (index << rows.pages.bits)) * stride
+        return rows.tensor + corner + offset[:, None] + column[None, :]
+
+
+@triton.jit
+def element_of(strides, batch, position, head):
+    """Where the row of a head at a position starts, in elements; all three broadcast."""
+    return (
+        batch * tl.cast(strides[0], tl.int64)
+        + position * tl.cast(strides[1], tl.int64)
+        + head * tl.cast(strides[2], tl.int64)
     )
-    return rows.tensor + corner + row[:, None] * stride + column[None, :]
 
 
 @triton.jit

@@ -26,6 +26,31 @@ def span_of(cu_seqlens, seqused, seqlen, batch):
 
 
 @triton.jit
+def in_cache(row_batch, start, length, batch, batch_idx, leftpad, entry_rows, rows_added, capacity):
+    """The span of batch entry ``batch`` in a cache, given what :func:`span_of` says of it.
+
+    Args:
+        batch_idx: address of each entry's index along the cache's first dimension, or None.
+        leftpad: address of how many rows at each entry's start do not count, or None. The entry starts behind
+            them, which leaves all that counts from its end as it was.
+        entry_rows: rows from one entry to the next where the cache is one long entry, as descriptors want it.
+        rows_added: how many rows were appended behind the length that is known.
+        capacity: no entry is longer, whatever its length says.
+    """
+    length = tl.minimum(length + rows_added, capacity)
+    if batch_idx is not None:
+        row_batch = tl.load(batch_idx + batch)
+    if leftpad is not None:
+        padding = tl.load(leftpad + batch)
+        start += padding
+        length = tl.maximum(length - padding, 0)
+    if entry_rows is not None:
+        start += row_batch * entry_rows
+        row_batch = 0
+    return row_batch, start, length
+
+
+@triton.jit
 def padded_start(cu_seqlens, start, batch, PADDING: tl.constexpr):
     """Where the entry's numbers start in a vector that pads each entry to a multiple of ``PADDING``.
 

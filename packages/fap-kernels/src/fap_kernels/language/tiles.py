@@ -34,9 +34,36 @@ def place(nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def keys_to_visit(window, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key positions that the query tile at ``first_query`` sees, in steps of ``BLOCK_N``."""
-    last_query = tl.minimum(first_query + BLOCK_M, window.seqlen_q) - 1
+def place_share(nheads, splits, length, BLOCK: tl.constexpr):
+    """This program's batch entry, head, share and first row, the tile of rows as fastest index."""
+    pid = tl.program_id(0)
+    count = tl.cdiv(length, BLOCK)
+    first = pid % count * BLOCK
+    pid = pid // count
+    split = pid % splits
+    pid = pid // splits
+    return pid // nheads, pid % nheads, split, first
+
+
+@triton.jit
+def share_of(visit, split, splits, STEP: tl.constexpr):
+    """That share of a visit which is the ``split``-th of ``splits``, of whole steps each.
+
+    It depends on the visit and the number of shares alone, so a sequence's result does not depend on what
+    else is in its batch.
+    """
+    share = tl.cdiv(tl.cdiv(tl.maximum(visit.end - visit.start, 0), STEP), splits) * STEP
+    start = tl.minimum(visit.start + split * share, tl.maximum(visit.end, visit.start))
+    end = tl.minimum(start + share, tl.maximum(visit.end, start))
+    inner = tl.minimum(tl.maximum(visit.inner, start), end)
+    outer = tl.minimum(tl.maximum(visit.outer, start), end)
+    return Visit(start, inner, tl.maximum(outer, inner), end)
+
+
+@triton.jit
+def keys_to_visit(window, first_query, count, BLOCK_N: tl.constexpr):
+    """The key positions that ``count`` queries from ``first_query`` on see, in steps of ``BLOCK_N``."""
+    last_query = tl.minimum(first_query + count, window.seqlen_q) - 1
     return _visit(
         first_query + window.diagonal, last_query + window.diagonal, window.left, window.right,
         window.seqlen_k, BLOCK_N,

@@ -1,0 +1,1 @@
+"""Attention of few queries to a long cache: split-KV kernel, combination, configuration table, launch."""

@@ -1,0 +1,55 @@
+"""Tile sizes of the split-KV kernel. docs/performance/decode.md says how they were measured."""
+
+from __future__ import annotations
+
+from ..config import Row, TileConfig
+
+__all__ = ["COMBINE", "DECODE", "DECODE_MANY", "FEW_ROWS", "MANY_ROWS"]
+
+FEW_ROWS = 16
+"""Rows of a tile that tensor cores take at least; more than these are held in tiles of DECODE_MANY."""
+
+MANY_ROWS = 128
+"""Queries times heads of a group up to which keys are split; beyond, the forward kernel fills the chip."""
+
+DECODE = (
+    Row(family="sm_90", head_dim=64, config=TileConfig(16, 128, 4, 3), why="not measured"),
+    Row(family="sm_90", head_dim=128, config=TileConfig(16, 64, 4, 3), why="not measured"),
+    Row(family="sm_90", head_dim=256, config=TileConfig(16, 64, 4, 2), why="not measured"),
+    *(
+        row
+        for family in ("sm_80", "sm_100")
+        for row in (
+            Row(family=family, head_dim=128, config=TileConfig(16, 64, 4, 2), why="fits 99 KB; not measured"),
+            Row(family=family, head_dim=256, config=TileConfig(16, 32, 4, 2), why="fits 99 KB; not measured"),
+        )
+    ),
+    Row(family="gfx9", head_dim=256, config=TileConfig(16, 32, 4, 1), why="not measured"),
+    Row(family="interpreter", head_dim=256, config=TileConfig(16, 16, 4, 1), why="several tiles of few keys"),
+    *(
+        Row(family=family, head_dim=256, config=TileConfig(16, 16, 4, 1), float32=True, why="not measured")
+        for family in ("sm_80", "sm_90", "sm_100", "gfx9", "interpreter")
+    ),
+)  # fmt: skip
+
+DECODE_MANY = (
+    Row(family="sm_90", head_dim=128, config=TileConfig(64, 64, 4, 3), why="not measured"),
+    Row(family="sm_90", head_dim=256, config=TileConfig(64, 32, 4, 2), why="not measured"),
+    *(
+        row
+        for family in ("sm_80", "sm_100")
+        for row in (
+            Row(family=family, head_dim=128, config=TileConfig(64, 64, 4, 2), why="fits 99 KB; not measured"),
+            Row(family=family, head_dim=256, config=TileConfig(64, 32, 8, 2), why="fits 99 KB; not measured"),
+        )
+    ),
+    Row(family="gfx9", head_dim=256, config=TileConfig(64, 32, 4, 1), why="not measured"),
+    Row(family="interpreter", head_dim=256, config=TileConfig(32, 16, 4, 1), why="several tiles of few keys"),
+    *(
+        Row(family=family, head_dim=256, config=TileConfig(16, 16, 4, 1), float32=True, why="not measured")
+        for family in ("sm_80", "sm_90", "sm_100", "gfx9", "interpreter")
+    ),
+)  # fmt: skip
+
+# Reads each share once; one row is little work for more warps than these.
+COMBINE = TileConfig(1, 16, 2, 1)

@@ -1,0 +1,73 @@
+"""The implementations that can be measured, by name. A new one is a class in a file here and a line below."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fap_testing.bench.peers.base import Peer
+from fap_testing.bench.peers.fap import FapApi, FapKernels, FapModule
+from fap_testing.bench.peers.flag_gems import FlagGems
+from fap_testing.bench.peers.flash_attn_2 import FlashAttention2
+from fap_testing.bench.peers.flash_attn_3 import FlashAttention3
+from fap_testing.bench.peers.flash_attn_4 import FlashAttention4
+from fap_testing.bench.peers.flex import FlexAttention
+from fap_testing.bench.peers.sdpa import Sdpa, SdpaCudnn, SdpaFlash
+from fap_testing.bench.peers.xformers import Xformers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["PEERS", "Peer", "register", "select_peers"]
+
+PEERS: dict[str, type[Peer]] = {}
+
+
+def register(peer: type[Peer]) -> type[Peer]:
+    """Make a peer known by its name; also a decorator, for one that lives elsewhere.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if peer.name in PEERS:
+        raise ValueError(f"a peer's name must be new, got {peer.name!r}")
+    PEERS[peer.name] = peer
+    return peer
+
+
+for _peer in (
+    FapApi,
+    FapKernels,
+    FapModule,
+    Sdpa,
+    SdpaFlash,
+    SdpaCudnn,
+    FlexAttention,
+    FlashAttention2,
+    FlashAttention3,
+    FlashAttention4,
+    FlagGems,
+    Xformers,
+):
+    register(_peer)
+
+
+def select_peers(names: Sequence[str], backends: Sequence[str], *, command: str) -> list[Peer]:
+    """Return the peers of these names, or, without names, those that a subcommand measures by itself.
+
+    Args:
+        names: of :data:`PEERS`; "fap" and "fap-nn" stand once for each back end.
+        backends: of fap_api, or "auto" for its own choice.
+        command: the subcommand.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise ValueError(f"peers must be any of {', '.join(PEERS)}, got {', '.join(unknown)}")
+    chosen: list[Peer] = []
+    for name in dict.fromkeys(names) or PEERS:
+        peer = PEERS[name]
+        if names or not peer.commands or command in peer.commands:
+            chosen += peer.variants(backends)
+    return chosen

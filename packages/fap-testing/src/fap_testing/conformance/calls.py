@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from fap_testing.conformance.subject import UnsupportedError
+from fap_testing.inputs_varlen import VarlenInputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -43,8 +44,8 @@ class CallResult:
     """What one call returned; None for what the subject does not provide or was not asked for.
 
     Attributes:
-        out: ``(batch, seqlen_q, nheads, head_dim)``.
-        softmax_lse: ``(batch, nheads, seqlen_q)``.
+        out: in the shape of q.
+        softmax_lse: ``(batch, nheads, seqlen_q)``, or of packed sequences ``(nheads, total_q)``.
         s_dmask: as returned, see :func:`keep_mask_of`.
         dq, dk, dv: gradients, in the shapes of q, k and v.
     """
@@ -78,13 +79,19 @@ def seeded(device: torch.device | str, seed: int) -> Iterator[None]:
 
 
 def call(
-    subject: Subject, inputs: CaseInputs, *, use_dout: bool = True, use_dlse: bool = True, **extra: Any
+    subject: Subject,
+    inputs: CaseInputs | VarlenInputs,
+    *,
+    use_dout: bool = True,
+    use_dlse: bool = True,
+    **extra: Any,
 ) -> CallResult:
     """Run a subject forward, and backward as far as it supports that, on a case's inputs.
 
     Args:
         subject: what to run.
-        inputs: from :func:`fap_testing.inputs.make_inputs`.
+        inputs: from :func:`fap_testing.inputs.make_inputs`, or for packed sequences from
+            :func:`fap_testing.inputs_varlen.make_varlen_inputs`. Pages get no gradients.
         use_dout, use_dlse: which outputs get a gradient. The LSE gets one only if the subject supports
             ``lse_gradient``.
         extra: keyword arguments beyond the case's own, such as ``deterministic=True``.
@@ -92,7 +99,7 @@ def call(
     Raises:
         NonconformityError: the answer has the wrong structure, shape, dtype or device, or lacks a gradient.
     """
-    wants_gradients = subject.provides("backward", inputs.case)
+    wants_gradients = subject.provides("backward", inputs.case) and "paged" not in inputs.case.features
     q, k, v = inputs.leaves() if wants_gradients else (inputs.q, inputs.k, inputs.v)
     result = forward(subject, inputs, q, k, v, **extra)
     if not wants_gradients:
@@ -120,10 +127,16 @@ def call(
 
 
 def forward(
-    subject: Subject, inputs: CaseInputs, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **extra: Any
+    subject: Subject,
+    inputs: CaseInputs | VarlenInputs,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    **extra: Any,
 ) -> CallResult:
     """Run a subject's forward pass on tensors that stand in for the inputs' own q, k and v."""
-    options = inputs.options | extra
+    lengths = inputs.lengths if isinstance(inputs, VarlenInputs) else {}
+    options = lengths | inputs.options | extra
     wants_lse = options.pop("return_attn_probs", subject.provides("lse", inputs.case))
     if wants_lse:
         options["return_attn_probs"] = True
@@ -141,9 +154,10 @@ def forward(
     )
     out, lse, s_dmask = returned
     require_like("out", out, q.shape, q.dtype, q.device)
-    batch, seqlen_q, nheads, _ = q.shape
+    # (batch, nheads, seqlen_q), or of packed sequences (nheads, total_q).
+    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     lse_dtypes = (torch.float32, torch.promote_types(q.dtype, torch.float32))
-    require_like("softmax_lse", lse, (batch, nheads, seqlen_q), lse_dtypes, q.device)
+    require_like("softmax_lse", lse, lse_shape, lse_dtypes, q.device)
     return CallResult(out, lse, s_dmask)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from fap_testing.cases import select
 from fap_testing.cases_kvcache import select_kvcache
+from fap_testing.cases_varlen import select_varlen
 from fap_testing.conformance.bad_input import MISTAKES, check_mistake
 from fap_testing.conformance.behaviours import BEHAVIOURS
 from fap_testing.conformance.dense import check_case
@@ -17,7 +18,10 @@ from fap_testing.conformance.dropout import DROPOUT_BEHAVIOURS
 from fap_testing.conformance.kvcache import check_kvcache_case
 from fap_testing.conformance.kvcache_bad_input import KVCACHE_MISTAKES, check_kvcache_mistake
 from fap_testing.conformance.kvcache_behaviours import KVCACHE_BEHAVIOURS
-from fap_testing.conformance.subject import KVCacheSubject, Subject, UnsupportedError
+from fap_testing.conformance.subject import KVCacheSubject, Subject, UnsupportedError, VarlenSubject
+from fap_testing.conformance.varlen import check_varlen_case
+from fap_testing.conformance.varlen_bad_input import VARLEN_MISTAKES, check_varlen_mistake
+from fap_testing.conformance.varlen_behaviours import VARLEN_BEHAVIOURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +34,7 @@ __all__ = [
     "KVCacheConformance",
     "Outcome",
     "Report",
+    "VarlenConformance",
     "conformance_checks",
     "run_conformance",
 ]
@@ -101,6 +106,13 @@ _SUITES: dict[type[Subject], _Suite] = {
         behaviours=BEHAVIOURS | DROPOUT_BEHAVIOURS,
         check_mistake=check_mistake,
         mistakes=MISTAKES,
+    ),
+    VarlenSubject: _Suite(
+        quick=partial(select_varlen, "quick"),
+        check_case=check_varlen_case,
+        behaviours=VARLEN_BEHAVIOURS,
+        check_mistake=check_varlen_mistake,
+        mistakes=VARLEN_MISTAKES,
     ),
     KVCacheSubject: _Suite(
         quick=partial(select_kvcache, "quick"),
@@ -206,6 +218,12 @@ class AttentionConformance:
             conformance_check.run()
         except UnsupportedError as gap:
             pytest.skip(str(gap))
+
+
+class VarlenConformance(AttentionConformance):
+    """The suite for flash_attn_varlen_func; ``subject`` is a :class:`VarlenSubject`."""
+
+    subject_type: ClassVar[type[Subject]] = VarlenSubject
 
 
 class KVCacheConformance(AttentionConformance):

@@ -25,7 +25,7 @@ from fap_testing.reference_kvcache import kvcache_baseline, kvcache_reference
 from fap_testing.strategies_kvcache import kvcache_cases
 
 QUICKLY = settings(max_examples=25, deadline=None, derandomize=True)
-OUTPUTS = {"lse", "num_splits", "batch_invariant", "overflow_check", "error_messages"}
+OUTPUTS = {"lse", "num_splits", "batch_invariant", "overflow_check", "cuda_graph", "error_messages"}
 
 
 @pytest.mark.parametrize("size", ["quick", "full"])

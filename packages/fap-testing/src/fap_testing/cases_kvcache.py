@@ -59,6 +59,7 @@ KVCACHE_FEATURES: dict[str, str] = {
     "num_splits": "num_splits other than 0, with the same result within rounding",
     "batch_invariant": "with a fixed num_splits, a sequence's result is bitwise the same in any batch",
     "overflow_check": "a tensor of cache_seqlens that leaves no room for k raises; a number always must",
+    "cuda_graph": "a call captured in a CUDA graph follows cache_seqlens when it is replayed",
     "error_messages": "mistakes raise before any work, with a message that names the argument",
 }
 

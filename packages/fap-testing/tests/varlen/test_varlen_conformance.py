@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
 
 from fap_testing.cases_varlen import find_varlen, select_varlen
 from fap_testing.conformance import (
@@ -15,6 +16,7 @@ from fap_testing.conformance import (
     conformance_checks,
     run_conformance,
 )
+from fap_testing.strategies_varlen import varlen_cases
 
 CAUGHT_BY = {
     "accepts_anything": "refuses_cu_seqlens_q_int64",
@@ -114,6 +116,12 @@ def test_a_subject_without_lse_and_gradients_is_checked_by_its_output_alone(eage
         cases=select_varlen("quick", "seqused"),
     )
     assert {o.name for o in report.failures} >= {"seqused_k-float32", "seqused_q-float32"}
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(case=varlen_cases(max_head_dim=32))
+def test_right_attention_passes_drawn_cases(eager_varlen, case):
+    check_varlen_case(subject_of(eager_varlen()), case, torch.float32)
 
 
 def test_features_of_other_suites_are_unknown(eager_varlen):

@@ -11,7 +11,8 @@ import torch
 from fap_testing.cases import Case
 from fap_testing.cases_kvcache import KVCacheCase
 from fap_testing.conformance.calls import NonconformityError, require_that
-from fap_testing.conformance.kvcache import call_kvcache, require_nothing_written
+from fap_testing.conformance.kvcache import KVCacheCallResult, call_kvcache, require_nothing_written
+from fap_testing.conformance.subject import UnsupportedError
 from fap_testing.expectation import expect
 from fap_testing.expectation_kvcache import expect_kvcache
 from fap_testing.inputs import make_inputs
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from fap_testing.conformance.subject import KVCacheSubject
 
-__all__ = ["KVCACHE_BEHAVIOURS"]
+__all__ = ["KVCACHE_BEHAVIOURS", "check_replay"]
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
 _SPLITS = (0, 1, 3, 128)
@@ -193,6 +194,67 @@ def _require_overflow_error(subject: KVCacheSubject, inputs: KVCacheInputs) -> N
     require_that(False, "63 keys and 2 new ones do not fit a capacity of 64: the call must raise")
 
 
+def check_cuda_graph(subject: KVCacheSubject, dtype: torch.dtype) -> None:
+    """A call in a CUDA graph reads cache_seqlens on the device: it appends further along once they grew."""
+    subject.require("cuda_graph", "append")
+    if torch.device(subject.device).type != "cuda":
+        raise UnsupportedError("CUDA graphs need a CUDA device")
+    with torch.cuda.device(subject.device):
+        check_replay(subject, dtype, capture_cuda_graph)
+
+
+def check_replay(
+    subject: KVCacheSubject,
+    dtype: torch.dtype,
+    capture: Callable[[Callable[[], KVCacheCallResult]], tuple[Callable[[], None], KVCacheCallResult]],
+) -> None:
+    """Check a captured call as it is replayed, before and after its lengths have changed.
+
+    Args:
+        subject: what to capture.
+        dtype: of its tensors.
+        capture: takes a call, and returns what replays it and the results that a replay writes.
+    """
+    options: dict[str, Any] = {"rotary_dim": 16} if subject.supports("rotary", "partial_rotary") else {}
+    if subject.supports("gqa"):
+        options |= {"nheads": 8, "nheads_k": 2}
+    lengths: dict[str, Any] = {"cache_seqlens": (5, 0, 300), "seqlen_new": 1, "capacity": 320}
+    inputs = _inputs(subject, dtype, KVCacheCase(name="replay", head_dim=64, **lengths, **options))
+    if not isinstance(inputs.cache_seqlens, torch.Tensor):
+        raise RuntimeError("the case passes its lengths in a tensor")
+    replay, result = capture(lambda: call_kvcache(subject, inputs))
+    replay()
+    expect_kvcache(inputs).check(**result.tensors())
+    inputs.assert_untouched()
+
+    inputs.cache_seqlens.add_(1)
+    further = replace(
+        inputs,
+        before=(inputs.k_cache.clone(), inputs.v_cache.clone()),
+        written=inputs.written.roll(1, dims=1),
+        integers={"cache_seqlens": inputs.cache_seqlens.clone()},
+    )
+    replay()
+    expect_kvcache(further).check(**result.tensors())
+    replace(further, written=inputs.written | further.written).assert_untouched()
+
+
+def capture_cuda_graph(
+    call: Callable[[], KVCacheCallResult],
+) -> tuple[Callable[[], None], KVCacheCallResult]:
+    """Capture a call in a CUDA graph on the current device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # Nothing may be compiled or set up while a graph is captured.
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
 def check_no_graph(subject: KVCacheSubject, dtype: torch.dtype) -> None:
     """There is no backward: a call that asks for gradients raises, or returns what requires none."""
     inputs = _inputs(subject, dtype, KVCacheCase(name="no_graph", cache_seqlens=(5, 60), head_dim=32))
@@ -251,6 +313,7 @@ KVCACHE_BEHAVIOURS: dict[str, Callable[[KVCacheSubject, torch.dtype], None]] = {
     "shared_pages": check_shared_pages,
     "full_cache": check_full_cache_is_refused,
     "full_cache_in_a_tensor": check_full_cache_in_a_tensor,
+    "cuda_graph": check_cuda_graph,
     "no_graph": check_no_graph,
     "window_types": check_window_types,
     "positional_arguments": check_positional_arguments,

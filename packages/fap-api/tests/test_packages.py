@@ -144,6 +144,7 @@ class TestFlagGems:
             "window_size_left": -1,
             "window_size_right": 0,
             "alibi_slopes": None,
+            "disable_splitkv": True,
         }
         for given, x in zip(arguments[:3], (q, k, v), strict=True):
             assert given.is_contiguous()

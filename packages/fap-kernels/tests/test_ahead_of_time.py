@@ -11,12 +11,16 @@ from ahead_of_time import Compiled, compile_launch
 from fap_kernels import target as targets
 from fap_kernels.backward.config import DKDV, DQ
 from fap_kernels.backward.launch import BackwardInputs, plan_delta, plan_dkdv, plan_dq
+from fap_kernels.cache import Cache
 from fap_kernels.config import Row, choose
+from fap_kernels.decode.config import DECODE, DECODE_MANY
+from fap_kernels.decode.launch import plan_append, plan_decode
 from fap_kernels.forward.config import FORWARD
 from fap_kernels.forward.launch import plan_forward, plan_probabilities
 from fap_kernels.launch import Launch
 from fap_kernels.packing import Packing
 from fap_kernels.problem import AttentionProblem
+from fap_kernels.rotary.launch import plan_rotary
 
 TABLES = {"forward": FORWARD, "dkdv": DKDV, "dq": DQ}
 TARGETS = {"sm_80": targets.SM_80, "sm_90": targets.SM_90, "sm_100": targets.SM_100, "gfx942": targets.GFX9}
@@ -38,6 +42,7 @@ ALL_OPTIONS_SPILLS_OF = {
     ("forward", "gfx9", 128): 2048,  # Triton 3.4: 1656
     ("dkdv", "sm_80", 256): 4096,  # Triton 3.4: 3236
 }
+SLACK = 32  # a register or two, as assemblers happen to differ
 FLOAT32_SPILLS = {64: 0, 128: 2048, 256: 24576}
 
 
@@ -107,6 +112,57 @@ def test_packed_sequences_compile(kernel: str, chip: str) -> None:
     assert compiled.shared <= TARGETS[chip].shared_memory
     if chip == "sm_90":
         assert_asynchronous(compiled)
+
+
+def decode_rows() -> list[Any]:
+    return [
+        pytest.param(table, row, id=f"{name}-{row.family}-{row.head_dim}-{_kind(row)}")
+        for name, table in (("few", DECODE), ("many", DECODE_MANY))
+        for row in table
+        if row.family != "interpreter"
+    ]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("table", "row"), decode_rows())
+def test_a_row_for_few_queries_compiles_within_its_bounds(
+    table: tuple[Row, ...], row: Row, paged: bool
+) -> None:
+    chip = {"gfx9": "gfx942"}.get(row.family, row.family)
+    dtype = torch.float32 if row.float32 else torch.bfloat16
+    seqlen_q = 1 if table is DECODE else 10
+    for launch in _plan_decode(chip, row, dtype, seqlen_q, paged):
+        compiled = compile_launch(launch, chip)
+        assert compiled.shared <= TARGETS[chip].shared_memory
+        assert compiled.spills <= (FLOAT32_SPILLS[256] if row.float32 else SLACK)
+        if row.family == "sm_90" and not row.float32:
+            assert "griddepcontrol" in compiled.assembly
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_appending_and_rotating_compile(chip: str) -> None:
+    cache = torch.empty(2, 64, 2, 80, dtype=torch.bfloat16)
+    k = torch.empty(2, 1, 2, 80, dtype=torch.bfloat16)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    angles = (torch.empty(64, 32, dtype=torch.bfloat16),) * 2
+    table = torch.zeros(2, 2, dtype=torch.int32)
+    for block_table in (None, table):
+        place = Cache.describe(k, cache, lengths, block_table=block_table)
+        compile_launch(plan_append(cache, cache, k, k, place, angles, True), chip)
+    compile_launch(plan_rotary(k, k, *angles, lengths, None, 1, interleaved=False, conjugate=False), chip)
+
+
+def _plan_decode(chip: str, row: Row, dtype: torch.dtype, seqlen_q: int, paged: bool) -> list[Launch]:
+    head_dim = HEAD_DIMS.get(row.head_dim, row.head_dim)
+    q = torch.empty(2, seqlen_q, 8, head_dim, dtype=dtype)
+    k = torch.empty(2, 1024, 2, head_dim, dtype=dtype)
+    keys = k.view(128, 16, 2, head_dim) if paged else k
+    table = torch.zeros(2, 64, dtype=torch.int32) if paged else None
+    cache = Cache.describe(q, keys, torch.zeros(2, dtype=torch.int32), block_table=table)
+    problem = AttentionProblem.describe(q, keys, keys, causal=True, cache=cache)
+    assert choose(DECODE if seqlen_q == 1 else DECODE_MANY, problem, TARGETS[chip]) == row.config
+    lse = torch.empty(2, 8, seqlen_q)
+    return plan_decode(problem, TARGETS[chip], 132, q, keys, keys, torch.empty_like(q), lse, None, cache, 4)
 
 
 def test_unaligned_rows_are_fetched_by_pointer() -> None:

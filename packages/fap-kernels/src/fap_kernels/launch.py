@@ -73,22 +73,28 @@ class Launch:
         programs: size of the one-dimensional grid; 0 means that there is nothing to do.
         arguments: the kernel's arguments by name, constexprs included.
         num_warps: warps of one program.
+        overlap: start while the kernel before it still runs. The kernel must wait for it by itself before it
+            reads a result; only chips whose target says so can do it.
     """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     num_warps: int
+    overlap: bool = False
 
     def run(self, device: torch.device) -> None:
         """Launch on the current stream of ``device``."""
         if self.programs == 0:
             return
+        options: dict[str, Any] = {"num_warps": self.num_warps}
+        if self.overlap:
+            options["launch_pdl"] = True
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+                self.kernel[(self.programs,)](**self.arguments, **options)
         else:
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+            self.kernel[(self.programs,)](**self.arguments, **options)
 
 
 def part_arguments(head_dim: int) -> dict[str, int]:

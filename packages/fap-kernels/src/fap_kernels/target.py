@@ -20,17 +20,20 @@ class Target:
         shared_memory: bytes that a program of any chip of the family may use; the tables are tested to stay
             below it.
         descriptors: whether the chip fetches tiles by descriptor (TMA).
+        overlap: whether a kernel may be launched before the one whose results it waits for has ended
+            (programmatic dependent launch).
     """
 
     family: str
     shared_memory: int
     descriptors: bool
+    overlap: bool = False
 
 
 # A100 has 163 KB; the rest of its family (sm_86, sm_89, sm_120) has 99 KB, and one table serves them all.
 SM_80 = Target("sm_80", 99 * 1024, descriptors=False)
-SM_90 = Target("sm_90", 227 * 1024, descriptors=True)
-SM_100 = Target("sm_100", 227 * 1024, descriptors=True)
+SM_90 = Target("sm_90", 227 * 1024, descriptors=True, overlap=True)
+SM_100 = Target("sm_100", 227 * 1024, descriptors=True, overlap=True)
 GFX9 = Target("gfx9", 64 * 1024, descriptors=False)
 INTERPRETER = Target("interpreter", 1 << 30, descriptors=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..language import softmax
+from ..language import grid, softmax
 from ..language.scores import LOG2E
 from ..launch import UNSPECIALIZED
 
@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_combine_kernel(
     partial_out, partial_lse, out, lse, splits, nheads, seqlen_q,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write one row of ``out`` and ``lse``.
 
@@ -29,6 +29,8 @@ def attention_combine_kernel(
     query = pid // nheads % seqlen_q
     vector = (pid // (nheads * seqlen_q) * nheads + head) * seqlen_q + query
     column = tl.arange(0, WIDTH)
+    if OVERLAP:
+        grid.wait_for_previous()
     acc = tl.zeros([1, WIDTH], tl.float32)
     row_max = tl.full([1], float("-inf"), tl.float32)
     row_sum = tl.zeros([1], tl.float32)

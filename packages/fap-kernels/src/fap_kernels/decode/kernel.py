@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..forward.kernel import attend
-from ..language import masks, parts, rows, scores, softmax, spans, tiles
+from ..language import grid, masks, parts, rows, scores, softmax, spans, tiles
 from ..launch import UNSPECIALIZED
 
 
@@ -28,7 +28,7 @@ def attention_decode_kernel(
     nheads_k, group, seqlen_q, seqlen_k, splits, window_left, window_right, softmax_scale, softcap,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    FOLD_SCALE: tl.constexpr, PARTIAL: tl.constexpr,
+    FOLD_SCALE: tl.constexpr, PARTIAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of one tile of rows and one share of its keys.
 
@@ -78,6 +78,9 @@ def attention_decode_kernel(
             acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
         )  # fmt: skip
 
+    if OVERLAP:
+        # The combine kernel may take its place on the chip now; it waits there for what is stored below.
+        grid.release_next()
     factor, row_lse = softmax.finish(row_max, row_sum)
     entry = batch
     if PARTIAL:

@@ -9,6 +9,9 @@ Forward and backward kernels are sentences of these words, so a feature is defin
     scores    from q @ k^T to logits, each function beside its derivative
     softmax   the online softmax: step and finish
     dropout   which weights survive, keyed on absolute positions
+    spans     which rows are a batch entry's: its own, packed, or in a cache
+    rotary    rows turned by the angles of their positions
+    grid      kernels that overlap with the one before
 
 Values that travel together are NamedTuples; a field that is None is a feature that is absent, and
 costs nothing in the compiled kernel.

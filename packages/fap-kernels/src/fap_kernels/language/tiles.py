@@ -35,14 +35,19 @@ def place(nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def place_share(nheads, splits, length, BLOCK: tl.constexpr):
-    """This program's batch entry, head, share and first row, the tile of rows as fastest index."""
+    """This program's batch entry, head, share and first row, on a grid with the tile as fastest index.
+
+    The head comes next: in a sequence-major cache the heads of one key lie side by side, and programs that
+        run
+    together then read memory in long stretches.
+    """
     pid = tl.program_id(0)
     count = tl.cdiv(length, BLOCK)
     first = pid % count * BLOCK
     pid = pid // count
-    split = pid % splits
-    pid = pid // splits
-    return pid // nheads, pid % nheads, split, first
+    head = pid % nheads
+    pid = pid // nheads
+    return pid // splits, head, pid % splits, first
 
 
 @triton.jit

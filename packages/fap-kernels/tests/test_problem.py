@@ -42,6 +42,8 @@ def test_a_plain_call():
         "needs_grad": False,
         "return_attn_probs": False,
         "packed": False,
+        "paged": False,
+        "cached": False,
     }
 
 

@@ -8,12 +8,16 @@ import torch
 
 from . import execute
 from .problem import AttentionProblem
+from .replay import Replays
 from .support import require_supported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["attention_backward", "attention_forward", "attention_probabilities"]
+
+_forward_replays = Replays()
+_backward_replays = Replays()
 
 
 def attention_forward(
@@ -63,11 +67,22 @@ def attention_forward(
         RuntimeError: tensors that do not fit together, or that these kernels do not support.
         ValueError, TypeError: an option out of range or of the wrong type.
     """
+    # With dropout there is another tensor, drawn anew each time: such calls are planned each time.
+    key = None
+    if dropout_p == 0.0:
+        options = (softmax_scale, causal, window_size, softcap, dropout_p)
+        key = _forward_replays.key((q, k, v, alibi_slopes), options)
+    replay = _forward_replays.find(key)
+    if replay is not None:
+        out, softmax_lse = replay.run(q, k, v, alibi_slopes)
+        return out, softmax_lse, None
     problem = AttentionProblem.describe(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, dropout_p=dropout_p,
     )  # fmt: skip
-    return execute.forward(problem, q, k, v, alibi_slopes, rng_state)
+    given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
+    keep = _forward_replays.keeper(key, given)
+    return execute.forward(problem, q, k, v, alibi_slopes, rng_state, keep=keep)
 
 
 def attention_backward(
@@ -110,6 +125,18 @@ def attention_backward(
         RuntimeError: tensors that do not fit together, or that these kernels do not support.
         ValueError, TypeError: an option out of range or of the wrong type.
     """
+    given = {
+        "dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dlse": dlse,
+        "alibi_slopes": alibi_slopes,
+    }  # fmt: skip
+    key = None
+    if dropout_p == 0.0:
+        options = (softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
+        key = _backward_replays.key(tuple(given.values()), options)
+    replay = _backward_replays.find(key)
+    if replay is not None:
+        dq, dk, dv, *_ = replay.run(*given.values())
+        return dq, dk, dv
     problem = AttentionProblem.describe(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, dropout_p=dropout_p, deterministic=deterministic, needs_grad=True,
@@ -119,7 +146,10 @@ def attention_backward(
     _check_vector("softmax_lse", softmax_lse, problem, q)
     if dlse is not None:
         _check_vector("dlse", dlse, problem, q)
-    return execute.backward(problem, dout, q, k, v, out, softmax_lse, dlse, alibi_slopes, rng_state)
+    keep = _backward_replays.keeper(key, given)
+    return execute.backward(
+        problem, dout, q, k, v, out, softmax_lse, dlse, alibi_slopes, rng_state, keep=keep
+    )
 
 
 def attention_probabilities(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cache import Cache
     from .packing import Packing
     from .problem import AttentionProblem
+    from .replay import Keep
 
 __all__ = [
     "append",
@@ -33,6 +34,7 @@ def forward(
     alibi_slopes: torch.Tensor | None,
     rng_state: torch.Tensor | None,
     packing: Packing | None = None,
+    keep: Keep | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return out, softmax_lse and rng_state. Packed tensors come, and go, as one batch entry."""
     require_supported(problem)
@@ -50,7 +52,9 @@ def forward(
     launch = plan_forward(
         problem, target_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing
     )
-    launch.run(q.device)
+    compiled = launch.run(q.device)
+    if keep is not None:
+        keep([(launch, compiled)], {"out": out, "lse": softmax_lse})
     return out, softmax_lse, rng_state
 
 
@@ -66,6 +70,7 @@ def backward(
     alibi_slopes: torch.Tensor | None,
     rng_state: torch.Tensor | None,
     packing: Packing | None = None,
+    keep: Keep | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk and dv. Packed tensors come, and go, as one batch entry."""
     require_supported(problem)
@@ -87,9 +92,15 @@ def backward(
     lse, delta = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = BackwardInputs(q, k, v, dout, lse, delta, alibi_slopes, rng_state, packing)
     target = target_of(q.device)
-    plan_delta(problem, out, softmax_lse.contiguous(), dlse, inputs).run(q.device)
-    plan_dkdv(problem, target, inputs, dk, dv).run(q.device)
-    plan_dq(problem, target, inputs, dq).run(q.device)
+    launches = (
+        plan_delta(problem, out, softmax_lse.contiguous(), dlse, inputs),
+        plan_dkdv(problem, target, inputs, dk, dv),
+        plan_dq(problem, target, inputs, dq),
+    )
+    compiled = [launch.run(q.device) for launch in launches]
+    if keep is not None:
+        made = {"dq": dq, "dk": dk, "dv": dv, "lse": lse, "delta": delta}
+        keep(list(zip(launches, compiled, strict=True)), made)
     return dq, dk, dv
 
 
@@ -101,6 +112,7 @@ def cached_forward(
     alibi_slopes: torch.Tensor | None,
     cache: Cache,
     num_splits: int,
+    keep: Keep | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out and softmax_lse of attention to a cache; ``num_splits`` 0 chooses."""
     require_supported(problem)
@@ -117,8 +129,14 @@ def cached_forward(
         launches = plan_decode(problem, target, processors_of(q.device), *tensors, cache, num_splits)
     else:
         launches = [plan_forward(problem, target, *tensors, None, cache=cache)]
-    for launch in launches:
-        launch.run(q.device)
+    compiled = [launch.run(q.device) for launch in launches]
+    if keep is not None:
+        made = {"out": out, "lse": softmax_lse}
+        if few_queries(problem):
+            # One share alone is the result itself.
+            shares = {name: launches[0].arguments[name] for name in ("share_out", "share_lse")}
+            made = made | shares if len(launches) > 1 else dict(zip(shares, made.values(), strict=True))
+        keep(list(zip(launches, compiled, strict=True)), made)
     return out, softmax_lse
 
 

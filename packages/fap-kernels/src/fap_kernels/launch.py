@@ -83,18 +83,17 @@ class Launch:
     num_warps: int
     overlap: bool = False
 
-    def run(self, device: torch.device) -> None:
-        """Launch on the current stream of ``device``."""
+    def run(self, device: torch.device) -> Any:
+        """Launch on the current stream of ``device``; return what Triton compiled, None if nothing ran."""
         if self.programs == 0:
-            return
+            return None
         options: dict[str, Any] = {"num_warps": self.num_warps}
         if self.overlap:
             options["launch_pdl"] = True
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self.kernel[(self.programs,)](**self.arguments, **options)
-        else:
-            self.kernel[(self.programs,)](**self.arguments, **options)
+                return self.kernel[(self.programs,)](**self.arguments, **options)
+        return self.kernel[(self.programs,)](**self.arguments, **options)
 
 
 def part_arguments(head_dim: int) -> dict[str, int]:

@@ -12,12 +12,12 @@ from ..launch import UNSPECIALIZED
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_combine_kernel(
-    partial_out, partial_lse, out, lse, splits, nheads, seqlen_q,
+    share_out, share_lse, out, lse, splits, nheads, seqlen_q,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write one row of ``out`` and ``lse``.
 
-    ``partial_out`` is float32 ``(splits, batch, seqlen_q, nheads, head_dim)`` and ``partial_lse`` float32
+    ``share_out`` is float32 ``(splits, batch, seqlen_q, nheads, head_dim)`` and ``share_lse`` float32
     ``(splits, batch, nheads, seqlen_q)``, -inf where a share had no keys; all tensors are contiguous. The
     shares are taken in one order, ``SHARES`` at a time, so the result is the same on every run.
 
@@ -37,9 +37,9 @@ def attention_combine_kernel(
     for first in range(0, splits, SHARES):
         share = first + tl.arange(0, SHARES)
         exists = share < splits
-        x = tl.load(partial_lse + share * rows + vector, mask=exists, other=float("-inf"))
+        x = tl.load(share_lse + share * rows + vector, mask=exists, other=float("-inf"))
         values = tl.load(
-            partial_out + (share * rows + pid)[:, None] * HEAD_DIM + column[None, :],
+            share_out + (share * rows + pid)[:, None] * HEAD_DIM + column[None, :],
             mask=exists[:, None] & (column < HEAD_DIM)[None, :], other=0.0,
         )  # fmt: skip
         weights, rescale, row_max, row_sum = softmax.step(x[None, :], LOG2E, row_max, row_sum, True)

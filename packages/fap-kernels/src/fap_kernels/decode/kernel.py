@@ -22,7 +22,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_decode_kernel(
     q, q_strides, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
-    out, out_strides, lse, lse_strides, alibi_slopes, alibi_stride,
+    share_out, out_strides, share_lse, lse_strides, alibi_slopes, alibi_stride,
     cu_seqlens_k, seqused_k,
     cache_batch_idx, cache_leftpad, cache_rows, rows_added, block_table, table_stride, page_bits,
     nheads_k, group, seqlen_q, seqlen_k, splits, window_left, window_right, softmax_scale, softcap,
@@ -30,10 +30,10 @@ def attention_decode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     FOLD_SCALE: tl.constexpr, PARTIAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write ``out`` and ``lse`` of one tile of rows and one share of its keys.
+    """Write ``share_out`` and ``share_lse`` of one tile of rows and one share of its keys.
 
     Row r of a key head is query ``r // group`` of the group's head ``r % group``. With ``PARTIAL`` the first
-    dimension of ``out`` and ``lse`` is the share, before that of the batch.
+    dimension of both is the share, before that of the batch.
 
     Grid: one program for each (batch, key head, share, tile of rows), the tile fastest.
     """
@@ -87,7 +87,7 @@ def attention_decode_kernel(
         # A share without keys must weigh nothing against the others; a row without any gets +inf at last.
         row_lse = tl.where(row_sum == 0.0, float("-inf"), row_lse)
         entry += split * (tl.num_programs(0) // (splits * nheads_k * tl.cdiv(seqlen_q * group, BLOCK_M)))
-    out_rows = rows.Rows(out, out_strides, None, None, entry, None, seqlen_q, None)
+    out_rows = rows.Rows(share_out, out_strides, None, None, entry, None, seqlen_q, None)
     rows.store_grouped(out_rows, heads, queries, parts.scale_rows(acc, factor), HEAD_DIM, PART0, PART1)
     vectors = entry.to(tl.int64) * lse_strides[0] + heads.to(tl.int64) * lse_strides[1]
-    tl.store(lse + vectors + queries, row_lse, mask=queries < seqlen_q)
+    tl.store(share_lse + vectors + queries, row_lse, mask=queries < seqlen_q)

@@ -104,9 +104,9 @@ def plan_decode(
             **key_arguments(
                 k_cache, v_cache, config.block_n, (part["PART0"], part["PART1"]), target, None, cache
             ),
-            "out": share_out,
+            "share_out": share_out,
             "out_strides": strides_of(share_out[0]),
-            "lse": share_lse,
+            "share_lse": share_lse,
             "lse_strides": share_lse[0].stride()[:2],
             "nheads_k": problem.nheads_k,
             "splits": splits,
@@ -182,8 +182,8 @@ def _plan_combine(
         kernel=attention_combine_kernel,
         programs=problem.batch * problem.seqlen_q * problem.nheads,
         arguments={
-            "partial_out": share_out,
-            "partial_lse": share_lse,
+            "share_out": share_out,
+            "share_lse": share_lse,
             "out": out,
             "lse": softmax_lse,
             "splits": share_out.shape[0],

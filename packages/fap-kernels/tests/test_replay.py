@@ -1,0 +1,149 @@
+"""Repeating a call without planning it: with stand-ins for Triton's compiled kernels, and on a GPU."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fap_kernels import attention_backward, attention_forward, attention_kvcache_forward
+from fap_kernels.launch import Launch
+from fap_kernels.replay import Replay, Replays
+
+
+class Compiled:
+    """What Triton's JIT returns, as far as a replay needs it; it writes down how it is launched."""
+
+    packed_metadata, function = (4,), 77
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
+
+
+def launch_of(**arguments: Any) -> Launch:
+    params = [SimpleNamespace(name=name) for name in arguments]
+    return Launch(SimpleNamespace(params=params), 12, arguments, 4)
+
+
+def test_a_replay_launches_its_own_tensors(on_cpu: None) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    q, k, out = torch.zeros(4, 16), torch.ones(4, 16), torch.empty(4, 16)
+    tile = TensorDescriptor(k, [4, 16], [16, 1], [2, 16])
+    launch = launch_of(q=q, q_strides=(16, 1), k=None, k_part0=tile, scale=0.5, out=out, BLOCK=2)
+    compiled = Compiled()
+    replay = Replay.of([(launch, compiled)], {"q": q, "k": k}, {"out": out})
+    assert replay is not None
+    new_q, new_k = torch.rand(4, 16), torch.rand(4, 16)
+    (made,) = replay.run(new_q, new_k)
+    assert made.shape == out.shape
+    ((x, y, z, stream, function, packed, metadata, _, _, *values),) = compiled.calls
+    assert (x, y, z, stream, function, packed, metadata) == (12, 1, 1, 5, 77, (4,), None)
+    assert values[0] is new_q
+    assert values[1:3] == [(16, 1), None]
+    assert values[3].base is new_k
+    assert (values[3].shape, values[3].strides, values[3].block_shape) == ([4, 16], [16, 1], [2, 16])
+    assert values[4] == 0.5
+    assert values[5] is made
+    assert values[6] == 2
+
+
+def test_a_replay_keeps_no_tensor_alive(on_cpu: None) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    q = torch.zeros(4, 16)
+    launch = launch_of(q_part0=TensorDescriptor(q, [4, 16], [16, 1], [2, 16]), q=q)
+    replay = Replay.of([(launch, Compiled())], {"q": q}, {})
+    gone = weakref.ref(q)
+    del q, launch
+    gc.collect()
+    assert replay is not None
+    assert gone() is None
+
+
+def test_a_call_that_launched_a_copy_is_not_kept(on_cpu: None) -> None:
+    q = torch.zeros(4, 16)
+    assert Replay.of([(launch_of(q=q.clone()), Compiled())], {"q": q}, {}) is None
+    assert Replay.of([(launch_of(other=q), Compiled())], {"q": q}, {}) is None
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    def test_keys_tell_calls_apart(self) -> None:
+        q = torch.zeros(2, 8, 4, 16, device="cuda")
+        base = ((q, q, None), (0.5, True, (-1, -1)))
+        key = Replays().key
+        others = [
+            ((q[:1], q, None), base[1]),
+            ((q.half(), q, None), base[1]),
+            ((q.transpose(1, 2).contiguous().transpose(1, 2), q, None), base[1]),
+            ((torch.zeros(2 * 8 * 4 * 16 + 1, device="cuda")[1:].view(2, 8, 4, 16), q, None), base[1]),
+            ((q, q, q), base[1]),
+            (base[0], (0.5, 1, (-1, -1))),
+            (base[0], (0.25, True, (-1, -1))),
+            (base[0], (0.5, True, (-1, 0))),
+        ]
+        assert key(*base) == key((q.clone(), q.clone(), None), base[1])
+        keys = [key(*base), *(key(*other) for other in others)]
+        assert len(set(keys)) == len(keys)
+        assert None not in keys
+        for window in ([-1, -1], (True, 0), (0.0, 0), torch.tensor([1, 1])):
+            assert key(base[0], (0.5, True, window)) is None
+        assert key((q.to_sparse(), q, None), base[1]) is None
+        assert key(("q", q, None), base[1]) is None
+
+    def test_a_repeated_call_sees_its_own_tensors(self) -> None:
+        """First with one tensor for all three, which must not tie the three together for later calls."""
+
+        def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            out, lse, _ = attention_forward(q, k, v, causal=True)
+            return out, lse, *attention_backward(out, q, k, v, out, lse, causal=True)
+
+        q, k, v = (torch.randn(2, 200, 4, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+        step(q, q, q)
+        again = step(q, k, v)
+        # Another stride makes another key: planned afresh, but the same numbers.
+        fresh = step(*(x.repeat(1, 1, 2, 1)[:, :, :4] for x in (q, k, v)))
+        for mine, right in zip(again, fresh, strict=True):
+            assert torch.equal(mine, right)
+
+    @pytest.mark.parametrize("num_splits", [1, 4])
+    def test_a_repeated_decoding_step_sees_its_own_tensors(self, num_splits: int) -> None:
+        def draw() -> tuple[torch.Tensor, ...]:
+            q = torch.randn(3, 1, 8, 64, device="cuda", dtype=torch.float16)
+            return q, *(torch.randn(3, 500, 2, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+
+        lengths = torch.tensor([500, 3, 250], device="cuda", dtype=torch.int32)
+        attention_kvcache_forward(*draw(), lengths, num_splits=num_splits)
+        q, k, v = draw()
+        out, lse = attention_kvcache_forward(q, k, v, lengths, num_splits=num_splits)
+        for b, length in enumerate(lengths.tolist()):
+            one = slice(b, b + 1)
+            right, right_lse, _ = attention_forward(q[one], k[one, :length], v[one, :length])
+            torch.testing.assert_close(out[one], right, atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(lse[one], right_lse, atol=1e-3, rtol=1e-3)
+
+    def test_mistakes_are_told_after_a_call_was_kept_too(self) -> None:
+        q = torch.randn(2, 64, 4, 64, device="cuda", dtype=torch.float16)
+        attention_forward(q, q, q)
+        with pytest.raises(RuntimeError, match="k must have q's batch size"):
+            attention_forward(q, q[:1], q[:1])
+        with pytest.raises(TypeError, match="causal must be True or False"):
+            attention_forward(q, q, q, causal="yes")  # type: ignore[arg-type]

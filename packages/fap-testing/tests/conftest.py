@@ -172,8 +172,10 @@ class EagerAttention:
         rows, columns = (
             (i, j) if self.bug == "s_dmask_not_padded" else (-(-i // 128) * 128, -(-j // 128) * 128)
         )
-        signed = torch.where(dropped, -p, p).detach()
-        return torch.nn.functional.pad(signed, (0, columns - j, 0, rows - i))
+        padded = p.new_zeros(*p.shape[:2], rows, columns)
+        # Not by `pad`, which PyTorch 2.8 refuses where a side is 0.
+        padded[..., :i, :j] = torch.where(dropped, -p, p).detach()
+        return padded
 
 
 class _ReadsContiguousGradient(torch.autograd.Function):

@@ -109,7 +109,7 @@ class FlagGemsBackend:
             window_size_left=left,
             window_size_right=right,
             alibi_slopes=None,
-            # Its split-KV kernel, which it takes for few programs without a window, gives wrong results (5.0.2).
+            # Its split-KV kernel, taken for few programs without a window, gives wrong results (5.0.2).
             disable_splitkv=True,
         )
         return out[..., :head_dim].contiguous(), lse, None

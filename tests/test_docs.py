@@ -1,0 +1,31 @@
+"""Every Python example of the pages under docs/ runs; those of one page run one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/integrations/*.md"))
+CANNOT_RUN = {
+    "integrations/sdpa.md": not hasattr(torch.nn.attention, "register_flash_attention_impl"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run(page):
+    if CANNOT_RUN.get(page):
+        pytest.skip("it says what this environment lacks")
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    examples = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    assert examples
+    exec(compile(examples, page, "exec"), {})
+
+
+def test_links_lead_somewhere():
+    for page in ROOT.glob("docs/**/*.md"):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"

@@ -115,7 +115,9 @@ class Decode(Problem):
 
     def _part(self, index: int, tensors: Tensors, scores: int) -> Part:
         length = self.lengths[index]
-        kv_heads = spread_out(self.nheads_k, scores // (length * self.seqlen_q * self.group))
+        # The oracle copies the keys for every head of q, which takes more than the scores of a few queries.
+        width = max(self.seqlen_q, self.head_dim)
+        kv_heads = spread_out(self.nheads_k, scores // (length * width * self.group))
         heads = self.heads_of(kv_heads)
         case = Case(
             name=f"{self}, sequence {index}",

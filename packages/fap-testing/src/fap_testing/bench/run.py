@@ -98,12 +98,15 @@ def _measure_all(
     if not peers:
         return []
     troubles = []
+    console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("heating up", total=len(points))
         preheat(choice.device, choice.effort.preheat_s)
-        for point in points:
+        for number, point in enumerate(points, 1):
             progress.update(task, description=str(point))
+            if not console.is_terminal:
+                console.print(f"{number}/{len(points)} {point}", markup=False)
             try:
                 record.rows.extend(measure(point))
             except DeviceLostError as error:

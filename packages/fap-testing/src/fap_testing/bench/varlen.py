@@ -78,8 +78,8 @@ class Varlen(Problem):
     def parts(self, tensors: Tensors, scores: int) -> list[Part]:  # noqa: ARG002 - the lengths are here
         """Return the longest sequence that fits, the shortest, the first and the last, some heads of each."""
         fitting = [i for i, n in enumerate(self.lengths) if 0 < n * n * self.group <= scores]
-        if not fitting:
-            return []
+        if 2 * len(fitting) < len(self.lengths):
+            return []  # the few short ones would say little
         by_length = sorted(fitting, key=self.lengths.__getitem__)
         chosen = dict.fromkeys((by_length[-1], by_length[0], fitting[0], fitting[-1]))
         return [self._part(index, scores // _JUDGED_SEQUENCES) for index in chosen]

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FlexAttention"]
 
+# The longest sequence whose mask is made with every (query, key) pair written out.
+_WRITTEN_OUT = 16384
+
 
 class FlexAttention(Peer):
     """torch.nn.attention.flex_attention under torch.compile, masks as block masks made beforehand.
 
-    Measured on a GPU only: compiled for a CPU it has no backward.
+    Measured on a GPU only: for a CPU it has no backward.
     """
 
     name = "flex"
@@ -80,8 +83,9 @@ def _inside(left: int, right: int, *, shift: int) -> MaskMod:
 def _block_mask(visible: MaskMod, rows: int, columns: int, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    # Compiled, or the mask of 65,536 tokens would be written out in full.
-    return create_block_mask(visible, None, None, rows, columns, device=device, _compile=device == "cuda")
+    # Compiled, which takes seconds, only where all pairs would take gigabytes.
+    make: Any = create_block_mask if max(rows, columns) <= _WRITTEN_OUT else torch.compile(create_block_mask)
+    return make(visible, None, None, rows, columns, device=device)
 
 
 def _compiled(

@@ -1,0 +1,280 @@
+"""The bench's peers: found by name, absent with a reason, and called as their documentation says."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from fap_testing.bench import peers as registry
+from fap_testing.bench.decode import Decode
+from fap_testing.bench.judge import judge_of
+from fap_testing.bench.peers import PEERS, Peer, register, select_peers
+from fap_testing.bench.peers.base import AutogradCalls, KernelCalls
+from fap_testing.bench.peers.flash_attn_2 import FlashAttention2
+from fap_testing.bench.peers.flash_attn_3 import FlashAttention3
+from fap_testing.bench.peers.flash_attn_4 import FlashAttention4
+from fap_testing.bench.peers.flex import FlexAttention
+from fap_testing.bench.peers.sdpa import Sdpa
+from fap_testing.bench.peers.xformers import Xformers
+from fap_testing.bench.prefill import Prefill
+from fap_testing.bench.trial import try_peer
+from fap_testing.bench.varlen import Varlen
+from fap_testing.reference import attention_baseline
+from fap_testing.reference_varlen import attention_varlen_baseline
+
+SIZES = {"nheads": 2, "nheads_k": 2, "head_dim": 16, "dtype": "fp32"}
+PREFILL = Prefill(batch=2, seqlen_q=24, seqlen_k=24, **SIZES)
+CAUSAL = Prefill(batch=2, seqlen_q=24, seqlen_k=24, causal=True, **SIZES)
+WINDOW = Prefill(batch=2, seqlen_q=24, seqlen_k=24, window_size=(5, 3), **SIZES)
+LEFT_WINDOW = Prefill(batch=2, seqlen_q=24, seqlen_k=24, causal=True, window_size=(5, -1), **SIZES)
+VARLEN = Varlen(lengths=(7, 24, 11), **SIZES)
+VARLEN_CAUSAL = Varlen(lengths=(7, 24, 11), causal=True, **SIZES)
+VARLEN_WINDOW = Varlen(lengths=(7, 24, 11), window_size=(5, 3), **SIZES)
+DECODE = Decode(lengths=(24, 13), causal=True, **SIZES)
+FULL_DECODE = Decode(lengths=(24, 24), causal=True, **SIZES)
+BOTH_WAYS = ("fwd", "bwd", "both")
+
+
+def test_the_peers_that_users_choose_from_are_there():
+    expected = {"fap", "fap-kernels", "fap-nn", "sdpa", "sdpa-flash", "sdpa-cudnn", "flex", "flash-attn-2"}
+    assert expected | {"flash-attn-3", "flash-attn-4", "flag-gems", "xformers"} == PEERS.keys()
+
+
+def test_a_new_peer_is_one_class(monkeypatch):
+    monkeypatch.setattr(registry, "PEERS", dict(PEERS))
+
+    @register
+    class Another(Peer):
+        name = "another"
+
+    (chosen,) = select_peers(["another"], ["auto"], command="prefill")
+    assert isinstance(chosen, Another)
+    with pytest.raises(ValueError, match="another"):
+        register(Another)
+
+
+def test_peers_are_selected_by_name_and_backend():
+    chosen = select_peers(["sdpa", "fap", "sdpa"], ["auto", "torch"], command="prefill")
+    assert [peer.name for peer in chosen] == ["sdpa", "fap:auto", "fap:torch"]
+    by_itself = {peer.name for peer in select_peers([], ["auto"], command="prefill")}
+    assert "fap:auto" in by_itself
+    assert "fap-nn:auto" not in by_itself, "a module adds host time alone"
+    assert "fap-nn:auto" in {peer.name for peer in select_peers([], ["auto"], command="overhead")}
+    with pytest.raises(ValueError, match="got fa5"):
+        select_peers(["fa5"], ["auto"], command="prefill")
+
+
+def test_absent_peers_say_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert "cuda" in FlashAttention2().absent("cpu", "prefill")
+    assert "pip install flash-attn" in FlashAttention2().absent("cuda", "prefill")
+    assert "not for decode" in FlexAttention().absent("cuda", "decode")
+    assert Sdpa().absent("cpu", "decode") is None
+
+
+def test_a_back_end_or_function_that_fap_api_lacks_is_named(monkeypatch):
+    api = ModuleType("fap_api")
+    api.flash_attn_func = None
+    api.available_backends = lambda: ("torch",)
+    monkeypatch.setitem(sys.modules, "fap_api", api)
+    fap, elsewhere = select_peers(["fap"], ["auto", "hopper"], command="prefill")
+    assert fap.absent("cpu", "prefill") is None
+    assert "flash_attn_varlen_func" in fap.absent("cpu", "varlen")
+    assert "hopper" in elsewhere.absent("cpu", "prefill")
+
+
+@pytest.mark.parametrize(
+    ("peer", "problem", "reason"),
+    [
+        (Sdpa(), WINDOW, "windows"),
+        (Sdpa(), Prefill(batch=1, seqlen_q=5, seqlen_k=9, causal=True, **SIZES), "top-left"),
+        (Sdpa(), VARLEN, "one length"),
+        (Sdpa(), DECODE, "one length"),
+        (Sdpa(), Decode(lengths=(16,), page_size=16, **SIZES), "pages"),
+        (FlashAttention2(), PREFILL, "bf16"),
+        (FlashAttention2(), Decode(lengths=(16,), page_size=16, **SIZES), "256"),
+    ],
+)
+def test_what_a_peer_cannot_express_is_said(peer, problem, reason):
+    assert reason in "; ".join(peer.unsupported_reasons(problem, "fwd"))
+
+
+def test_calls_below_autograd_refuse_what_they_lack():
+    calls = KernelCalls(lambda: (torch.zeros(1),))
+    for refused in (calls.backward, calls.both, calls.recorded):
+        with pytest.raises(NotImplementedError, match="accepted"):
+            refused()
+
+
+def test_the_backward_pass_is_timed_alone():
+    ran = []
+    tensors = PREFILL.draw()
+
+    def function(q, k, v):
+        ran.append(torch.is_grad_enabled())
+        return q + k + v
+
+    calls = AutogradCalls(function, tensors)
+    for _ in range(3):
+        calls.backward()
+    assert ran == [True]
+    calls.forward()
+    assert ran == [True, False]
+
+
+@pytest.mark.parametrize("problem", [PREFILL, CAUSAL, WINDOW, LEFT_WINDOW], ids=str)
+def test_fap_is_right_here(problem):
+    pytest.importorskip("fap_api")
+    (fap,) = select_peers(["fap"], ["torch"], command="prefill")
+    judged(fap, problem, (*BOTH_WAYS, "fwd+grad"))
+    assert fap.configuration(problem, problem.draw(), "fwd") == "torch"
+    assert fap.version() is None or fap.version()
+
+
+def test_the_module_is_right_here():
+    pytest.importorskip("fap_nn")
+    (module,) = select_peers(["fap-nn"], ["torch"], command="overhead")
+    assert module.absent("cpu", "prefill") is None
+    judged(module, CAUSAL, BOTH_WAYS)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [PREFILL, CAUSAL, Varlen(lengths=(9, 9), causal=True, **SIZES), FULL_DECODE],
+    ids=str,
+)
+def test_sdpa_is_right(problem):
+    judged(Sdpa(), problem, ("fwd",) if isinstance(problem, Decode) else BOTH_WAYS)
+
+
+@pytest.mark.parametrize("problem", [PREFILL, CAUSAL, WINDOW, VARLEN, VARLEN_CAUSAL, VARLEN_WINDOW], ids=str)
+def test_flex_masks_are_right(monkeypatch, problem):
+    from torch.nn.attention import flex_attention
+
+    # A CPU's has no backward. The forward pass, not compiled, shows whether the masks are right.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)
+    judged(FlexAttention(), problem, ("fwd",))
+
+
+@pytest.mark.parametrize("problem", [CAUSAL, WINDOW, VARLEN_CAUSAL, VARLEN_WINDOW, DECODE], ids=str)
+@pytest.mark.parametrize("peer", [FlashAttention2(), FlashAttention3()], ids=lambda peer: peer.name)
+def test_flash_attn_2_and_3_are_called_as_documented(monkeypatch, peer, problem):
+    install_fake(
+        monkeypatch, peer.module, flash_attention(paged="page" if peer.name.endswith("3") else "block")
+    )
+    judged(peer, problem, ("fwd",) if isinstance(problem, Decode) else BOTH_WAYS)
+
+
+@pytest.mark.parametrize("problem", [CAUSAL, WINDOW, LEFT_WINDOW, VARLEN_CAUSAL, VARLEN_WINDOW], ids=str)
+def test_flash_attn_4_is_called_as_documented(monkeypatch, problem):
+    def bounds(window_size):
+        assert all(bound is None or bound >= 0 for bound in window_size)
+        return [-1 if bound is None else bound for bound in window_size]
+
+    def dense(q, k, v, *, causal=False, window_size=(None, None)):
+        result = attention_baseline(q, k, v, causal=causal, window_size=bounds(window_size))
+        return result.out, result.softmax_lse
+
+    def packed(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, window_size):
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        options = {"causal": causal, "window_size": bounds(window_size)}
+        result = attention_varlen_baseline(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+        return result.out, result.softmax_lse
+
+    functions = {"flash_attn_func": dense, "flash_attn_varlen_func": packed}
+    install_fake(monkeypatch, FlashAttention4.module, functions)
+    judged(FlashAttention4(), problem, BOTH_WAYS)
+
+
+@pytest.mark.parametrize("problem", [PREFILL, CAUSAL, VARLEN, VARLEN_CAUSAL], ids=str)
+def test_xformers_is_called_as_documented(monkeypatch, problem):
+    class BlockDiagonalMask:
+        def __init__(self, lengths, causal=False):
+            self.lengths, self.causal = lengths, causal
+
+        @classmethod
+        def from_seqlens(cls, lengths, device):
+            assert isinstance(lengths, list)
+            return cls(lengths)
+
+        def make_causal(self):
+            return BlockDiagonalMask(self.lengths, causal=True)
+
+    class LowerTriangularFromBottomRightMask:
+        causal = True
+
+    def attention(q, k, v, attn_bias=None):
+        causal = attn_bias is not None and attn_bias.causal
+        if not isinstance(attn_bias, BlockDiagonalMask):
+            return attention_baseline(q, k, v, causal=causal).out
+        starts = torch.tensor([0, *attn_bias.lengths]).cumsum(0)
+        return attention_varlen_baseline(q[0], k[0], v[0], starts, starts, causal=causal).out[None]
+
+    masks = {"BlockDiagonalMask": BlockDiagonalMask}
+    masks["LowerTriangularFromBottomRightMask"] = LowerTriangularFromBottomRightMask
+    install_fake(monkeypatch, "xformers.ops.fmha.attn_bias", masks)
+    install_fake(monkeypatch, "xformers.ops", {"memory_efficient_attention": attention})
+    judged(Xformers(), problem, BOTH_WAYS)
+
+
+def judged(peer, problem, directions):
+    """Assert that a peer's results are right, in every direction."""
+    tensors = problem.draw()
+    judge = judge_of(problem, tensors, 1 << 20)
+    trial = try_peer(Unlimited(peer), problem, tensors, judge, directions)
+    assert {d: (o.status, o.note) for d, o in trial.outcomes.items()} == dict.fromkeys(directions, ("ok", ""))
+
+
+class Unlimited(Peer):
+    """A peer that may run in float32, where a mistake shows best."""
+
+    def __init__(self, peer):
+        self.name, self.inner = peer.name, peer
+
+    def unsupported_reasons(self, problem, direction):
+        return [
+            reason
+            for reason in self.inner.unsupported_reasons(problem, direction)
+            if "it takes bf16" not in reason
+        ]
+
+    def scope(self):
+        return self.inner.scope()
+
+    def prepare(self, problem, tensors):
+        return self.inner.prepare(problem, tensors)
+
+
+def install_fake(monkeypatch, module, functions):
+    """Put a module with these attributes where ``import`` finds it, and what it lies in."""
+    fake = ModuleType(module)
+    vars(fake).update(functions)
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+def flash_attention(*, paged):
+    """Return what flash-attn offers, by the oracle's formula, under its own signatures."""
+
+    def dense(q, k, v, *, causal=False, window_size=(-1, -1)):
+        return attention_baseline(q, k, v, causal=causal, window_size=window_size).out
+
+    def packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, causal=False, window_size=(-1, -1)
+    ):
+        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_q.diff().max())
+        options = {"causal": causal, "window_size": window_size}
+        return attention_varlen_baseline(q, k, v, cu_seqlens_q, cu_seqlens_k, **options).out
+
+    def cached(q, k_cache, v_cache, *, cache_seqlens, causal=False, window_size=(-1, -1), **table):
+        assert table == {f"{paged}_table": None}
+        options = {"causal": causal, "window_size": window_size}
+        rows = zip(q, k_cache, v_cache, cache_seqlens.tolist(), strict=True)
+        return torch.cat(
+            [attention_baseline(x[None], k[None, :n], v[None, :n], **options).out for x, k, v, n in rows]
+        )
+
+    return {"flash_attn_func": dense, "flash_attn_varlen_func": packed, "flash_attn_with_kvcache": cached}

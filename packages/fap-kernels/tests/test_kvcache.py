@@ -228,7 +228,7 @@ def test_splits_fill_the_chip_and_no_more() -> None:
             {"k_cache": torch.zeros(3, 32, 1, 16)},
             r"k_cache must have q's batch size 2 unless",
         ),
-        ({"v_cache": torch.zeros(2, 32, 1, 8)}, r"v must have q's head dimension 16, got 8"),
+        ({"v_cache": torch.zeros(2, 32, 1, 8)}, r"v_cache must have q's head dimension 16, got 8"),
         (
             {"block_table": torch.zeros(2, 4, dtype=torch.int32), "cache_leftpad": torch.zeros(2).int()},
             r"block_table and cache_leftpad exclude each other",

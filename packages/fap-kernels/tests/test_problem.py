@@ -44,6 +44,7 @@ def test_a_plain_call():
         "packed": False,
         "paged": False,
         "cached": False,
+        "page_size": 0,
     }
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .packing import check_block_table, check_index
 
-__all__ = ["Cache"]
+__all__ = ["MOST_SPLITS", "Cache", "check_last_strides", "check_num_splits"]
+
+MOST_SPLITS = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,3 +99,27 @@ class Cache:
             )
         seqlens, batch_idx, leftpad = (None if x is None else x.contiguous() for _, x in vectors)
         return cls(batch, capacity, seqlens, seqlen_new, batch_idx, leftpad, block_table, page_size)
+
+
+def check_last_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raise a RuntimeError unless the caches have a last stride of 1.
+
+    A copy, as of k and v elsewhere, would cost as much as the attention, and an append to it would be lost.
+    """
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise RuntimeError(f"{name} must have a last stride of 1, got strides {tuple(x.stride())}")
+
+
+def check_num_splits(num_splits: Any) -> int:
+    """Return into how many shares the keys are split; 0 leaves it to the sizes.
+
+    Raises:
+        ValueError: below 0 or above :data:`MOST_SPLITS`.
+        TypeError: no integer.
+    """
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
+        raise TypeError(f"num_splits must be an integer, got {type(num_splits).__name__}: {num_splits!r}")
+    if not 0 <= num_splits <= MOST_SPLITS:
+        raise ValueError(f"num_splits must be 0 (chosen by the sizes) to {MOST_SPLITS}, got {num_splits}")
+    return num_splits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import execute
-from .cache import Cache
+from .cache import Cache, check_last_strides, check_num_splits
 from .packing import check_index
 from .problem import AttentionProblem
 from .replay import Replays
@@ -70,8 +70,6 @@ def attention_kvcache_forward(
         RuntimeError: tensors that do not fit together, or that these kernels do not support.
         ValueError, TypeError: an option out of range or of the wrong type.
     """
-    from .decode.launch import MOST_SPLITS
-
     options = (seqlen_new, softmax_scale, causal, window_size, softcap, num_splits)
     given = {
         "q": q, "k": k_cache, "v": v_cache, "seqused_k": cache_seqlens, "cache_batch_idx": cache_batch_idx,
@@ -82,10 +80,7 @@ def attention_kvcache_forward(
     if replay is not None:
         out, softmax_lse, *_ = replay.run(*given.values())
         return out, softmax_lse
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits must be an integer, got {type(num_splits).__name__}: {num_splits!r}")
-    if not 0 <= num_splits <= MOST_SPLITS:
-        raise ValueError(f"num_splits must be 0 (chosen by the sizes) to {MOST_SPLITS}, got {num_splits}")
+    num_splits = check_num_splits(num_splits)
     cache = Cache.describe(
         q, k_cache, cache_seqlens, seqlen_new=seqlen_new, cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad, block_table=block_table,
@@ -94,7 +89,7 @@ def attention_kvcache_forward(
         q, k_cache, v_cache, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, cache=cache,
     )  # fmt: skip
-    _check_last_strides(k_cache, v_cache)
+    check_last_strides(k_cache, v_cache)
     return execute.cached_forward(
         problem, q, k_cache, v_cache, alibi_slopes, cache, num_splits, _replays.keeper(key, given)
     )
@@ -136,7 +131,7 @@ def kvcache_append(
     )
     problem = AttentionProblem.describe(k, k_cache, v_cache, cache=cache)
     check_index("cache_seqlens", cache_seqlens, k.device, cache.batch, "(batch,)")
-    _check_last_strides(k_cache, v_cache)
+    check_last_strides(k_cache, v_cache)
     if k.shape[2] != k_cache.shape[2] or k.shape != v.shape or v.dtype != k.dtype or v.device != k.device:
         raise RuntimeError(
             "k and v must have one shape (batch, seqlen_new, nheads_k, head_dim), k_cache's nheads_k "
@@ -153,10 +148,3 @@ def kvcache_append(
         check_angles(k, rotary_cos, rotary_sin, names=("rotary_cos", "rotary_sin"))
         angles = (rotary_cos, rotary_sin)
     execute.append(problem, k_cache, v_cache, k, v, cache, angles, rotary_interleaved)
-
-
-def _check_last_strides(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    # A copy, as of k and v elsewhere, would cost as much as the attention, and an append to it would be lost.
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise RuntimeError(f"{name} must have a last stride of 1, got strides {tuple(x.stride())}")

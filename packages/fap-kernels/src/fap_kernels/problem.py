@@ -54,6 +54,7 @@ class AttentionProblem:
         paged: k and v are ``(num_pages, page_size, nheads_k, head_dim)``, and a table says which pages are
             whose.
         cached: k and v are a cache of which each sequence has a length of its own, up to ``seqlen_k``.
+        page_size: rows of a page, 0 without pages.
     """
 
     batch: int
@@ -77,6 +78,7 @@ class AttentionProblem:
     packed: bool = False
     paged: bool = False
     cached: bool = False
+    page_size: int = 0
 
     @classmethod
     def describe(
@@ -148,6 +150,7 @@ class AttentionProblem:
             packed=packing is not None,
             paged=paged,
             cached=cache is not None,
+            page_size=pages.page_size if paged and pages is not None else 0,
         )
 
 
@@ -200,7 +203,8 @@ def _check_tensors(
 ) -> None:
     rows = "(total, nheads, headdim)" if packed else "(batch, seqlen, nheads, headdim)"
     keys = "(num_pages, page_size, nheads, headdim)" if paged else rows
-    for name, x, layout in (("q", q, rows), ("k", k, keys), ("v", v, keys)):
+    k_name, v_name = ("k_cache", "v_cache") if cached else ("k", "v")
+    for name, x, layout in (("q", q, rows), (k_name, k, keys), (v_name, v, keys)):
         _check_layout(name, x, layout)
     if q.dtype not in SUPPORTED_DTYPES:
         raise RuntimeError(
@@ -213,26 +217,28 @@ def _check_tensors(
             f"FlashAttention only supports head dimension at most {MAX_HEAD_DIM} and at least 1, "
             f"got q with head dimension {head_dim}"
         )
-    for name, x in (("k", k), ("v", v)):
+    together = f"q, {k_name} and {v_name} must"
+    for name, x in ((k_name, k), (v_name, v)):
         if x.dtype != q.dtype:
-            raise RuntimeError(
-                f"q, k and v must have the same dtype, got q of {q.dtype} and {name} of {x.dtype}"
-            )
+            raise RuntimeError(f"{together} have the same dtype, got q of {q.dtype} and {name} of {x.dtype}")
         if x.device != q.device:
             raise RuntimeError(
-                f"q, k and v must be on the same device, got q on {q.device} and {name} on {x.device}"
+                f"{together} be on the same device, got q on {q.device} and {name} on {x.device}"
             )
         if not (packed or cached) and x.shape[0] != q.shape[0]:
             raise RuntimeError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
         if x.shape[-1] != head_dim:
             raise RuntimeError(f"{name} must have q's head dimension {head_dim}, got {x.shape[-1]}")
     if k.shape != v.shape:
-        raise RuntimeError(f"k and v must have the same shape, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+        raise RuntimeError(
+            f"{k_name} and {v_name} must have the same shape, "
+            f"got {k_name} {tuple(k.shape)} and {v_name} {tuple(v.shape)}"
+        )
     nheads_k = k.shape[-2]
     if nheads < 1 or nheads_k < 1 or nheads % nheads_k != 0:
         raise RuntimeError(
             "Number of heads in key/value must divide number of heads in query, "
-            f"got {nheads_k} heads in k and v and {nheads} heads in q"
+            f"got {nheads_k} heads in {k_name} and {v_name} and {nheads} heads in q"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from .problem import AttentionProblem
 
-__all__ = ["require_supported", "require_supported_tensor", "unsupported_reasons"]
+__all__ = ["require_supported", "require_supported_tensor", "tensor_reasons", "unsupported_reasons"]
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -24,10 +24,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append("keys and values in pages (block_table) have no gradients")
     if problem.paged and problem.dropout_p > 0.0 and problem.return_attn_probs:
         reasons.append("return_attn_probs with dropout needs keys that do not lie in pages (block_table)")
-    return _tensor_reasons(problem.dtype, problem.device) + reasons
+    return tensor_reasons(problem.dtype, problem.device) + reasons
 
 
-def _tensor_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
+def tensor_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Every reason why no kernel can run on tensors of ``dtype`` on ``device``."""
     reasons = []
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype must be float16, bfloat16 or float32, got {dtype}")
@@ -55,7 +56,7 @@ def require_supported(problem: AttentionProblem) -> None:
 
 def require_supported_tensor(x: torch.Tensor) -> None:
     """Raise a RuntimeError with every reason if the kernels cannot run on ``x``, whatever they do with it."""
-    reasons = _tensor_reasons(x.dtype, x.device)
+    reasons = tensor_reasons(x.dtype, x.device)
     if reasons:
         raise RuntimeError("fap-kernels cannot run this call: " + "; ".join(reasons))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..cache import MOST_SPLITS
 from ..config import choose
 from ..launch import Launch, key_arguments, option_arguments, part_arguments, strides_of
 from ..rotary.launch import ROWS, angle_arguments, power_of_two
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
     from ..problem import AttentionProblem
     from ..target import Target
 
-__all__ = ["MOST_SPLITS", "choose_splits", "few_queries", "plan_append", "plan_decode"]
+__all__ = ["choose_splits", "few_queries", "plan_append", "plan_decode"]
 
-MOST_SPLITS = 128
 PROGRAMS_PER_PROCESSOR = 1
 """How many a multiprocessor needs to be kept reading.
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fap_api
-from fap_api import _call
+from fap_api import _call, _kvcache_call
 from fap_api.backends import select
 
 
@@ -17,6 +17,7 @@ def _automatic_choice(monkeypatch):
     monkeypatch.setattr(select, "_logged", set())
     # Packages and Triton's interpreter come and go between tests, as they never do in a program.
     _call._plans.clear()
+    _kvcache_call._plans.clear()
     torch.manual_seed(0)
     # The tensors are tiny: on a busy machine, threads that wait for each other take ten times the work.
     threads = torch.get_num_threads()
@@ -25,6 +26,7 @@ def _automatic_choice(monkeypatch):
     torch.set_num_threads(threads)
     fap_api.use_backend(None)
     _call._plans.clear()
+    _kvcache_call._plans.clear()
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@
 from fap_api._explain import Explanation, explain
 from fap_api.attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from fap_api.backends.select import available_backends, use_backend
+from fap_api.kvcache import flash_attn_with_kvcache
 
 __all__ = [
     "Explanation",
@@ -11,6 +12,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "use_backend",
 ]
 __version__ = "0.1.0"

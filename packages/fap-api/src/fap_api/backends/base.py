@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from fap_kernels.problem import AttentionProblem
 
-__all__ = ["Backend", "Score"]
+__all__ = ["Backend", "NewKeys", "Places", "Score"]
 
 
 class Score(NamedTuple):
@@ -32,9 +32,53 @@ class Score(NamedTuple):
     alibi_slopes: torch.Tensor | None
     dropout_p: float
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the mask moves with the query: causal, or a window."""
+        return self.window_left >= 0 or self.window_right >= 0
+
+
+class Places(NamedTuple):
+    """Where in a cache the keys and values of each sequence lie; checked by ``fap_kernels.cache.Cache``.
+
+    Attributes:
+        seqlens: int32 ``(batch,)``, the keys of each sequence before new ones; None for the whole capacity.
+        batch_idx: int32 ``(batch,)``, its index along the cache's first dimension; None for its own number.
+        leftpad: int32 ``(batch,)``, how many keys at its start do not count; None for 0.
+        block_table: int32 ``(batch, max_pages)``: key p lies in page ``block_table[b, p // page_size]``. None
+            where the cache is not paged.
+    """
+
+    seqlens: torch.Tensor | None
+    batch_idx: torch.Tensor | None
+    leftpad: torch.Tensor | None
+    block_table: torch.Tensor | None
+
+    def capacity(self, k_cache: torch.Tensor) -> int:
+        """Return how many keys a sequence can have."""
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return pages * k_cache.shape[1]
+
+
+class NewKeys(NamedTuple):
+    """Keys and values to append to a cache, and the angles by which they and the queries are rotated first.
+
+    Attributes:
+        k, v: ``(batch, seqlen_new, nheads_k, headdim)``.
+        start: int32 ``(batch,)``, the position of each sequence's first new key: ``Places.seqlens``.
+        angles: cosines and sines ``(positions, rotary_dim / 2)``, or None.
+        interleaved: rotate features 2 i and 2 i + 1 together, else i and ``rotary_dim / 2 + i``.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: torch.Tensor
+    angles: tuple[torch.Tensor, torch.Tensor] | None
+    interleaved: bool
+
 
 class Backend(Protocol):
-    """One implementation of dense attention.
+    """One implementation of attention, dense and over a cache.
 
     Every tensor and option that arrives has passed :meth:`fap_kernels.problem.AttentionProblem.describe`, and
     ``unsupported_reasons`` was empty for it. Strides are any.
@@ -83,3 +127,20 @@ class Backend(Protocol):
         score: Score,
     ) -> torch.Tensor:
         """Return ``S_dmask`` (b, h, round_up(sq, 128), round_up(sk, 128)) in q's dtype."""
+
+    def cached_forward(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        new: NewKeys | None,
+        places: Places,
+        score: Score,
+        num_splits: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``new``, attend to every sequence's keys, and return ``out`` and ``softmax_lse``.
+
+        With angles, new keys turn by their positions; so do queries, from position ``seqlens[b]`` on, or all
+        to that one where neither causal masking nor a window gives each a position of its own. A sequence
+        whose new keys do not fit stays as it was: where the lengths are on the host, it was refused before.
+        """

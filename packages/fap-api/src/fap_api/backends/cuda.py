@@ -10,14 +10,14 @@ import torch
 from fap_api.backends._support import importable, padded_head_dim, unit_last_stride
 
 if TYPE_CHECKING:
-    from fap_api.backends.base import Score
+    from fap_api.backends.base import NewKeys, Places, Score
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["CudaBackend"]
 
 
 class CudaBackend:
-    """Calls ``flash_attn.flash_attn_interface._flash_attn_forward`` and ``_backward``, as of flash-attn 2.8.
+    """Calls flash-attn 2.8: ``_flash_attn_forward`` and ``_backward``, and ``flash_attn_with_kvcache``.
 
     Where that package deviates from its documentation, the deviation is corrected here if that is exact, and
     a reason not to run otherwise.
@@ -65,7 +65,7 @@ class CudaBackend:
             reasons.append("its gradient of softmax_lse is zero, and return_attn_probs hands softmax_lse out")
         if problem.return_attn_probs and problem.dropout_p > 0.0:
             reasons.append("its S_dmask is not normalised, and return_attn_probs with dropout hands it out")
-        return reasons
+        return reasons + (_reasons_against_cache(problem) if problem.cached else [])
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
@@ -127,6 +127,53 @@ class CudaBackend:
         raise NotImplementedError(
             "flash-attn's S_dmask is not normalised, accepted: calls that do not ask for it"
         )
+
+    def cached_forward(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        new: NewKeys | None,
+        places: Places,
+        score: Score,
+        num_splits: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run flash-attn's function, which appends and rotates as well."""
+        _, scale, causal, left, right, softcap, slopes = _options(score)
+        cos, sin = (None, None) if new is None or new.angles is None else new.angles
+        out, lse = _interface().flash_attn_with_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            k=None if new is None else new.k,
+            v=None if new is None else new.v,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            cache_seqlens=places.seqlens,
+            cache_batch_idx=places.batch_idx,
+            cache_leftpad=places.leftpad,
+            block_table=places.block_table,
+            softmax_scale=scale,
+            causal=causal,
+            window_size=(left, right),
+            softcap=softcap,
+            rotary_interleaved=True if new is None else new.interleaved,
+            alibi_slopes=slopes,
+            num_splits=num_splits,
+            return_softmax_lse=True,
+        )
+        return out, lse
+
+
+def _reasons_against_cache(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if problem.head_dim % 8 != 0:
+        reasons.append(f"over a KV cache it needs a head dimension divisible by 8, got {problem.head_dim}")
+    if problem.page_size % 256 != 0:
+        reasons.append(f"it needs a page size divisible by 256, got {problem.page_size}")
+    if problem.alibi is not None and problem.window_right == 0 and problem.return_attn_probs:
+        reasons.append("over a KV cache its softmax_lse under causal ALiBi leaves out the rows' share")
+    return reasons
 
 
 def _interface() -> Any:

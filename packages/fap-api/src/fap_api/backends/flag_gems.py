@@ -50,6 +50,8 @@ class FlagGemsBackend:
         """Return what FlagGems lacks for ``problem``."""
         seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
         reasons = []
+        if problem.cached:
+            reasons.append("it is used for dense calls, and this one is over a KV cache")
         if problem.device.type in ("cpu", "meta"):
             reasons.append(f"it runs on accelerators, got tensors on {problem.device}")
         if problem.dtype not in (torch.float16, torch.bfloat16):
@@ -121,6 +123,10 @@ class FlagGemsBackend:
     def probabilities(self, *_: object) -> NoReturn:
         """Refuse: ``unsupported_reasons`` keeps every call with dropout away."""
         raise NotImplementedError("FlagGems gives no probabilities, accepted: calls without dropout")
+
+    def cached_forward(self, *_: object) -> NoReturn:
+        """Refuse: ``unsupported_reasons`` keeps every call over a KV cache away."""
+        raise NotImplementedError("FlagGems is used for dense calls, accepted: calls without a KV cache")
 
 
 def hiding_window(left: int, right: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:

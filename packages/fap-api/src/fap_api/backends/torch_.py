@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fap_api.backends._chunks import ChunkedCall, Tile, grouped, ungrouped
+from fap_api.backends._chunks import ChunkedCall, Tile, grouped, ungrouped, wide_dtype
 from fap_api.backends._dropout import draw_rng_state
+from fap_api.backends._torch_kvcache import CachedCall, append, every_row, sequences
 
 if TYPE_CHECKING:
-    from fap_api.backends.base import Score
+    from collections.abc import Iterable
+
+    from fap_api.backends.base import NewKeys, Places, Score
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["TorchBackend"]
@@ -45,12 +48,7 @@ class TorchBackend:
             call = ChunkedCall(q, k, score)
             rng_state = draw_rng_state(q.device) if score.dropout_p else None
             value = grouped(v, v.shape[2], call.dtype)[:, 0]
-            out = torch.empty_like(call.q)
-            lse = call.q.new_empty(call.q.shape[:3])
-            for heads, queries in call.row_blocks():
-                block = _forward_rows(call, value, heads, queries, rng_state)
-                out[heads, :, queries], lse[heads, :, queries] = block
-            return ungrouped(out, q), lse.view(q.shape[0], q.shape[2], q.shape[1]), rng_state
+            return *_forward_call(call, q, value, rng_state), rng_state
 
     def backward(
         self,
@@ -105,10 +103,62 @@ class TorchBackend:
                     result[heads, :, queries, tile.keys] = signed.to(q.dtype)
             return result.view(q.shape[0], q.shape[2], *result.shape[2:])
 
+    def cached_forward(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        new: NewKeys | None,
+        places: Places,
+        score: Score,
+        num_splits: int,  # noqa: ARG002 - nothing to split: the result is the same within rounding
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, rotate and attend; sequence by sequence where their lengths are on the host."""
+        with _no_autocast(q):
+            seqlen_new = 0
+            if new is not None:
+                seqlen_new = new.k.shape[1]
+                q = append(q, k_cache, v_cache, new, places, local=score.is_local)
+            if q.device.type == "cpu":
+                keys = sequences(k_cache, v_cache, places, q.shape[0], seqlen_new)
+                return self._attend_one_by_one(q, keys, score)
+            k, v = (every_row(cache, places) for cache in (k_cache, v_cache))
+            call = CachedCall(q, k, score, places, seqlen_new)
+            value = grouped(v, v.shape[2], call.dtype)[:, 0]
+            # What lies beyond the keys may be anything, and 0 * nan would be nan.
+            value.masked_fill_(~call.exists()[..., None], 0.0)
+            return _forward_call(call, q, value, None)
+
+    def _attend_one_by_one(
+        self, q: torch.Tensor, keys: Iterable[tuple[torch.Tensor, torch.Tensor]], score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+        lse = torch.empty(shape, dtype=wide_dtype(q.dtype), device=q.device)
+        slopes = score.alibi_slopes
+        for b, (k, v) in enumerate(keys):
+            own = slopes[b] if slopes is not None and slopes.dim() == 2 else slopes
+            out[b : b + 1], lse[b : b + 1], _ = self.forward(
+                q[b : b + 1], k, v, score._replace(alibi_slopes=own)
+            )
+        return out, lse
+
 
 def _no_autocast(x: torch.Tensor) -> torch.autocast:
     """Turn autocast off: even inside an operator it would cast the products to 16 bits."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _forward_call(
+    call: ChunkedCall, q: torch.Tensor, value: torch.Tensor, rng_state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``out`` and ``softmax_lse`` of a chunked call; ``value`` is v, wide and grouped."""
+    out = torch.empty_like(call.q)
+    lse = call.q.new_empty(call.q.shape[:3])
+    for heads, queries in call.row_blocks():
+        block = _forward_rows(call, value, heads, queries, rng_state)
+        out[heads, :, queries], lse[heads, :, queries] = block
+    return ungrouped(out, q), lse.view(q.shape[0], q.shape[2], q.shape[1])
 
 
 def _forward_rows(

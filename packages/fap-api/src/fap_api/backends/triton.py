@@ -10,7 +10,7 @@ import torch
 from fap_api.backends._support import constant_in_graphs, importable
 
 if TYPE_CHECKING:
-    from fap_api.backends.base import Score
+    from fap_api.backends.base import NewKeys, Places, Score
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["TritonBackend"]
@@ -117,6 +117,71 @@ class TritonBackend:
             dropout_p=score.dropout_p,
             rng_state=rng_state,
         )
+
+    def cached_forward(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        new: NewKeys | None,
+        places: Places,
+        score: Score,
+        num_splits: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append in one kernel, rotate the queries in another, and attend in the split-KV kernel."""
+        from fap_kernels import attention_kvcache_forward
+
+        if new is not None:
+            q = _append(q, k_cache, v_cache, new, places, local=score.is_local)
+        return attention_kvcache_forward(
+            q,
+            k_cache,
+            v_cache,
+            places.seqlens,
+            seqlen_new=0 if new is None else new.k.shape[1],
+            cache_batch_idx=places.batch_idx,
+            cache_leftpad=places.leftpad,
+            block_table=places.block_table,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            num_splits=num_splits,
+        )
+
+
+def _append(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    new: NewKeys,
+    places: Places,
+    *,
+    local: bool,
+) -> torch.Tensor:
+    """Append ``new`` and return the queries, rotated if there are angles."""
+    from fap_kernels import apply_rotary, kvcache_append
+
+    cos, sin = new.angles or (None, None)
+    kvcache_append(
+        k_cache,
+        v_cache,
+        new.k,
+        new.v,
+        new.start,
+        cache_batch_idx=places.batch_idx,
+        block_table=places.block_table,
+        rotary_cos=cos,
+        rotary_sin=sin,
+        rotary_interleaved=new.interleaved,
+    )
+    if cos is None or sin is None:
+        return q
+    # Queries that all have one position are the heads of one row.
+    rows = q if local else q.flatten(1, 2)[:, None]
+    turned = apply_rotary(rows, cos, sin, interleaved=new.interleaved, seqlen_offsets=new.start)
+    return turned.view(q.shape)
 
 
 @constant_in_graphs

@@ -1,0 +1,221 @@
+"""From the arguments of flash_attn_with_kvcache to its operators: checks, back end, and their memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fap_api import _kvcache_ops
+from fap_api._kvcache_checks import as_length, check_combination, check_new_keys, check_rotary
+from fap_api.backends import select
+from fap_kernels.cache import Cache, check_last_strides, check_num_splits
+from fap_kernels.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["KVCacheOptions", "KVCacheTensors", "attention_with_kvcache", "describe_with_kvcache"]
+
+
+class KVCacheTensors(NamedTuple):
+    """The tensors of one call as given to :func:`fap_api.flash_attn_with_kvcache`."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    rotary_cos: torch.Tensor | None
+    rotary_sin: torch.Tensor | None
+    cache_seqlens: int | torch.Tensor | None
+    cache_batch_idx: torch.Tensor | None
+    cache_leftpad: torch.Tensor | None
+    block_table: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+
+
+class KVCacheOptions(NamedTuple):
+    """Its options."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: Sequence[int] | torch.Tensor
+    softcap: float
+    rotary_interleaved: bool
+    num_splits: int
+    return_softmax_lse: bool
+
+
+class _Plan(NamedTuple):
+    """The operators' options after ``alibi_slopes``, in their order, and the cache's capacity."""
+
+    score: tuple[float, int, int, float]
+    num_splits: int
+    backend: str
+    capacity: int
+
+
+# Plans by everything that the checks and the choice depend on, so that a repeated call is checked once.
+_plans: dict[tuple[object, ...], _Plan] = {}
+_MOST_PLANS = 4096
+_NUMBERS = frozenset((int, float, type(None)))
+_FLAGS = frozenset((bool,))
+
+
+def attention_with_kvcache(
+    tensors: KVCacheTensors, options: KVCacheOptions
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Run one call over a cache; results as for :func:`fap_api.flash_attn_with_kvcache`."""
+    tensors = _autocast(tensors)
+    plan = _plan(tensors, options)
+    q, k_cache, v_cache, k, v, cos, sin, seqlens, *places, slopes = tensors
+    if seqlens is not None and not isinstance(seqlens, torch.Tensor):
+        length = as_length(seqlens, 0 if k is None else k.shape[1], plan.capacity)
+        seqlens = torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+    rest = (seqlens, *places, slopes, *plan.score, plan.num_splits, plan.backend)
+    if torch.compiler.is_compiling():
+        out, softmax_lse = _run(q, k_cache, v_cache, k, v, cos, sin, options.rotary_interleaved, rest)
+    else:
+        # Without a gradient to record, the operators' autograd kernels would cost time and do nothing.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, softmax_lse = _run(q, k_cache, v_cache, k, v, cos, sin, options.rotary_interleaved, rest)
+    return (out, softmax_lse) if options.return_softmax_lse else out
+
+
+def describe_with_kvcache(tensors: KVCacheTensors, options: KVCacheOptions) -> AttentionProblem:
+    """Check one call as it would run now, autocast and gradient mode included, and describe it."""
+    return _describe(_autocast(tensors), options)[0]
+
+
+def _run(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
+    rest: tuple[Any, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if k is None:
+        return _kvcache_ops.kvcache_attention(q, k_cache, v_cache, *rest)  # type: ignore[no-any-return]
+    return _kvcache_ops.kvcache_append_attention(  # type: ignore[no-any-return]
+        q, k_cache, v_cache, k, v, cos, sin, bool(interleaved), *rest
+    )
+
+
+def _describe(tensors: KVCacheTensors, options: KVCacheOptions) -> tuple[AttentionProblem, int]:
+    """Return the call's description, and its number of splits."""
+    q, k_cache, v_cache, k, v, cos, sin, seqlens, batch_idx, leftpad, table, slopes = tensors
+    given = {"k": k, "v": v, "rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": seqlens}
+    check_combination(given)
+    cache = Cache.describe(
+        q,
+        k_cache,
+        seqlens if isinstance(seqlens, torch.Tensor) else None,
+        cache_batch_idx=batch_idx,
+        cache_leftpad=leftpad,
+        block_table=table,
+    )
+    problem = AttentionProblem.describe(
+        q,
+        k_cache,
+        v_cache,
+        softmax_scale=options.softmax_scale,
+        causal=options.causal,
+        window_size=options.window_size,
+        softcap=options.softcap,
+        alibi_slopes=slopes,
+        return_attn_probs=options.return_softmax_lse,
+        cache=cache,
+    )
+    check_last_strides(k_cache, v_cache)
+    if seqlens is not None and not isinstance(seqlens, torch.Tensor):
+        as_length(seqlens, 0, cache.capacity)
+    if k is not None:
+        check_new_keys(q, k_cache, k, v, cache.capacity)
+    if cos is not None:
+        check_rotary(q, cos, sin, cache.capacity)
+    _check_flag("rotary_interleaved", options.rotary_interleaved)
+    _refuse_gradients(tensors)
+    return problem, check_num_splits(options.num_splits)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}: {value!r}")
+
+
+def _refuse_gradients(tensors: KVCacheTensors) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, x in zip(tensors._fields, tensors, strict=True):
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            raise RuntimeError(
+                f"flash_attn_with_kvcache has no backward, since it writes to the caches, got {name} that "
+                f"requires a gradient; accepted: calls under torch.no_grad(), or {name}.detach()"
+            )
+
+
+def _plan(tensors: KVCacheTensors, options: KVCacheOptions) -> _Plan:
+    if torch.compiler.is_compiling():
+        return _new_plan(tensors, options)
+    scale, causal, window, softcap, interleaved, num_splits, return_lse = options
+    plain = (
+        type(window) is tuple
+        and all(type(bound) is int for bound in window)
+        and type(num_splits) is int
+        and _NUMBERS.issuperset((type(scale), type(softcap)))
+        and _FLAGS.issuperset((type(causal), type(interleaved), type(return_lse)))
+    )
+    if not plain:
+        return _new_plan(tensors, options)
+    try:
+        key = (
+            *[None if x is None else _key(x) for x in tensors],
+            options,
+            torch.is_grad_enabled(),
+            (select.explicit_choice(), os.environ.get(select.ENVIRONMENT)),
+        )
+        plan = _plans.get(key)
+    except (AttributeError, TypeError, RuntimeError):
+        # A symbolic size, a nested tensor, which has no shape, or something that is no tensor at all.
+        return _new_plan(tensors, options)
+    if plan is None:
+        plan = _new_plan(tensors, options)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _key(x: Any) -> tuple[object, ...]:
+    if type(x) is int:  # a length, which is checked on every call
+        return (int,)
+    return x.shape, x.dtype, x.device, x.layout, x.stride(-1) if x.dim() else 0, x.requires_grad
+
+
+def _new_plan(tensors: KVCacheTensors, options: KVCacheOptions) -> _Plan:
+    problem, num_splits = _describe(tensors, options)
+    score = (problem.softmax_scale, problem.window_left, problem.window_right, problem.softcap)
+    return _Plan(score, num_splits, select.choose(problem), problem.seqlen_k)
+
+
+def _autocast(tensors: KVCacheTensors) -> KVCacheTensors:
+    """Under autocast, cast all but the caches to the caches' dtype, in which they have to be written."""
+    q, cache = tensors.q, tensors.k_cache
+    # Meta tensors have no autocast, and asking for it is an error.
+    if not isinstance(q, torch.Tensor) or q.is_meta or not torch.is_autocast_enabled(q.device.type):
+        return tensors
+    if not isinstance(cache, torch.Tensor) or not cache.is_floating_point():
+        return tensors
+    names = ("q", "k", "v", "rotary_cos", "rotary_sin")
+    floats = {
+        name: x.to(cache.dtype)
+        for name in names
+        if isinstance(x := getattr(tensors, name), torch.Tensor) and x.is_floating_point()
+    }
+    return tensors._replace(**floats)

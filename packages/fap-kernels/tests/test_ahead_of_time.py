@@ -105,7 +105,7 @@ def test_causal_attention_compiles(kernel: str, chip: str) -> None:
 def test_packed_sequences_compile(kernel: str, chip: str) -> None:
     bounds = torch.zeros(3, dtype=torch.int32)
     q, k, v, dout = (torch.empty(256, 2, 64, dtype=torch.bfloat16) for _ in range(4))
-    packing = Packing.describe(q, bounds, bounds, 256, 256)
+    packing = Packing.describe(q, q, bounds, bounds, 256, 256)
     problem = AttentionProblem.describe(q, k, v, causal=True, packing=packing)
     launch = _launch(kernel, chip, problem, *(x[None] for x in (q, k, v, dout)), None, None, packing)
     compiled = compile_launch(launch, chip)

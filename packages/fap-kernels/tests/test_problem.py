@@ -45,6 +45,8 @@ def test_a_plain_call():
         "paged": False,
         "cached": False,
         "page_size": 0,
+        "seqused_q": False,
+        "seqused_k": False,
     }
 
 

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fap_kernels import attention_backward, attention_forward, attention_kvcache_forward
+from fap_kernels import (
+    attention_backward,
+    attention_forward,
+    attention_kvcache_forward,
+    attention_varlen_backward,
+    attention_varlen_forward,
+)
 from fap_kernels.launch import Launch
 from fap_kernels.replay import Replay, Replays
 
@@ -121,6 +127,23 @@ class TestOnGpu:
         again = step(q, k, v)
         # Another stride makes another key: planned afresh, but the same numbers.
         fresh = step(*(x.repeat(1, 1, 2, 1)[:, :, :4] for x in (q, k, v)))
+        for mine, right in zip(again, fresh, strict=True):
+            assert torch.equal(mine, right)
+
+    def test_a_repeated_call_on_packed_sequences_sees_its_own_tensors(self) -> None:
+        """Lengths of equal sum, batch and bound, which make one key, are the new call's own as well."""
+
+        def step(lengths: list[int], *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+            packing = (bounds, bounds, 200, 200)
+            out, lse, _ = attention_varlen_forward(*qkv, *packing, causal=True)
+            gradients = attention_varlen_backward(out, *qkv, out, lse, *packing, dlse=lse, causal=True)
+            return out, lse, *gradients
+
+        q, k, v = (torch.randn(400, 4, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+        step([200, 150, 50], q, q, q)
+        again = step([1, 199, 200], q, k, v)
+        fresh = step([1, 199, 200], *(x.repeat(1, 2, 1)[:, :4] for x in (q, k, v)))
         for mine, right in zip(again, fresh, strict=True):
             assert torch.equal(mine, right)
 

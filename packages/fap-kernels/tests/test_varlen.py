@@ -12,11 +12,12 @@ from conformance import keep_masks
 from fap_kernels import (
     attention_varlen_backward,
     attention_varlen_forward,
+    attention_varlen_probabilities,
     target,
 )
 from fap_testing.cases_varlen import VarlenCase, select_varlen
 from fap_testing.expectation import expect_varlen
-from fap_testing.inputs_varlen import make_varlen_inputs
+from fap_testing.inputs_varlen import VarlenInputs, make_varlen_inputs
 
 # NumPy warns where a GPU's exp2 overflows to inf as the kernels intend.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -42,6 +43,35 @@ def check_case(case: VarlenCase, dtype: torch.dtype, device: str) -> None:
     inputs.assert_untouched()
 
 
+def check_weights(
+    inputs: VarlenInputs, lse: torch.Tensor, rng_state: torch.Tensor | None, keep_mask: torch.Tensor | None
+) -> None:
+    """Each sequence's rows sum to 1, or to 0 without keys; dropped ones are negative, all else is +0."""
+    case = inputs.case
+    weights = attention_varlen_probabilities(
+        inputs.q, inputs.k, lse, **inputs.lengths, **inputs.options, rng_state=rng_state
+    )
+    longest = (max(case.seqlens_q, default=0), max(case.seqlens_k, default=0))
+    assert weights.shape == (case.batch, case.nheads, *(-(-n // 128) * 128 for n in longest))
+    start = 0
+    for index, (seqlen_q, used_q, used_k) in enumerate(
+        zip(case.seqlens_q, case.used_q, case.used_k, strict=True)
+    ):
+        own = weights[index, :, :used_q, :used_k]
+        sums = own.abs().sum(-1, dtype=torch.float32)
+        empty = lse[:, start : start + used_q] == torch.inf
+        torch.testing.assert_close(sums, torch.where(empty, 0.0, 1.0), atol=2e-2, rtol=0.0)
+        dropped = torch.zeros_like(own, dtype=torch.bool)
+        if keep_mask is not None:
+            dropped = ~keep_mask[index, :, :used_q, :used_k]
+        assert not (torch.signbit(own) & ~dropped).any(), "a kept weight counts as dropped"
+        assert (torch.signbit(own) | ~dropped | (own == 0)).all(), "a dropped weight counts as kept"
+        own.zero_()
+        start += seqlen_q
+    assert weights.count_nonzero() == 0, "weights beyond the lengths must be 0"
+    assert not torch.signbit(weights).any(), "weights beyond the lengths must not count as dropped"
+
+
 def unpaged(*tags: str) -> list[VarlenCase]:
     return [case for case in select_varlen(*tags) if case.page_size is None]
 
@@ -59,6 +89,21 @@ def test_descriptors(case: VarlenCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "INTERPRETER", dataclasses.replace(target.INTERPRETER, descriptors=True))
     # The interpreter of Triton 3.4 asks of strides in elements what a GPU asks of strides in bytes.
     check_case(dataclasses.replace(case, head_dim=48), torch.float32, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True, "seqused_q": (12, 3), "seqused_k": (40, 0)}, {"page_size": 16, "window_size": (30, 9)}],
+    ids=["seqused", "paged"],
+)
+def test_weights_written_out(options: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"seqlens_q": (19, 3), "seqlens_k": (40, 5), "nheads_k": 1, "dropout_p": 0.3}
+    inputs = make_varlen_inputs(VarlenCase(name="weights", **sizes, **options), dtype=torch.float32)
+    packed = (inputs.q, inputs.k, inputs.v)
+    _, lse, rng_state = attention_varlen_forward(*packed, **inputs.lengths, **inputs.options)
+    keep_mask = None if rng_state is None else keep_masks(inputs, rng_state)
+    check_weights(inputs, lse, rng_state, keep_mask)
 
 
 @pytest.mark.gpu

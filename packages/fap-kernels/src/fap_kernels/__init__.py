@@ -11,7 +11,7 @@ from .kvcache import attention_kvcache_forward, kvcache_append
 from .problem import AttentionProblem
 from .rotary.apply import apply_rotary
 from .support import unsupported_reasons
-from .varlen import attention_varlen_backward, attention_varlen_forward
+from .varlen import attention_varlen_backward, attention_varlen_forward, attention_varlen_probabilities
 
 __all__ = [
     "AttentionProblem",
@@ -22,6 +22,7 @@ __all__ = [
     "attention_probabilities",
     "attention_varlen_backward",
     "attention_varlen_forward",
+    "attention_varlen_probabilities",
     "kvcache_append",
     "unsupported_reasons",
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from . import execute
 from .problem import AttentionProblem
 from .replay import Replays
@@ -13,6 +11,8 @@ from .support import require_supported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
 __all__ = ["attention_backward", "attention_forward", "attention_probabilities"]
 
@@ -190,17 +190,7 @@ def attention_probabilities(
     )  # fmt: skip
     require_supported(problem)
     _check_vector("softmax_lse", softmax_lse, problem, q)
-    from .forward.launch import PROBABILITY_TILE, plan_probabilities
-
-    rng_state = execute.check_rng_state(problem, rng_state, draw=False)
-    q, k = execute.unit_last_stride(q, k)
-    rows, columns = (
-        -(-n // PROBABILITY_TILE) * PROBABILITY_TILE for n in (problem.seqlen_q, problem.seqlen_k)
-    )
-    weights = torch.empty((problem.batch, problem.nheads, rows, columns), dtype=q.dtype, device=q.device)
-    launch = plan_probabilities(problem, q, k, softmax_lse.contiguous(), weights, alibi_slopes, rng_state)
-    launch.run(q.device)
-    return weights
+    return execute.probabilities(problem, q, k, softmax_lse, alibi_slopes, rng_state)
 
 
 def _check_vector(name: str, x: torch.Tensor, problem: AttentionProblem, q: torch.Tensor) -> None:

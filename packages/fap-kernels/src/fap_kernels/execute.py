@@ -22,6 +22,7 @@ __all__ = [
     "check_rng_state",
     "check_vector",
     "forward",
+    "probabilities",
     "unit_last_stride",
 ]
 
@@ -102,6 +103,31 @@ def backward(
         made = {"dq": dq, "dk": dk, "dv": dv, "lse": lse, "delta": delta}
         keep(list(zip(launches, compiled, strict=True)), made)
     return dq, dk, dv
+
+
+def probabilities(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    rng_state: torch.Tensor | None,
+    packing: Packing | None = None,
+) -> torch.Tensor:
+    """Return the attention weights. Packed tensors come as one batch entry."""
+    require_supported(problem)
+    from .forward.launch import PROBABILITY_TILE, plan_probabilities
+
+    rng_state = check_rng_state(problem, rng_state, draw=False)
+    q, k = unit_last_stride(q, k)
+    rows, columns = (
+        -(-n // PROBABILITY_TILE) * PROBABILITY_TILE for n in (problem.seqlen_q, problem.seqlen_k)
+    )
+    weights = torch.empty((problem.batch, problem.nheads, rows, columns), dtype=q.dtype, device=q.device)
+    plan_probabilities(
+        problem, q, k, softmax_lse.contiguous(), weights, alibi_slopes, rng_state, packing
+    ).run(q.device)
+    return weights
 
 
 def cached_forward(

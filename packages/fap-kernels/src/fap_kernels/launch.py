@@ -29,6 +29,7 @@ __all__ = [
     "key_arguments",
     "option_arguments",
     "packing_arguments",
+    "page_arguments",
     "part_arguments",
     "row_arguments",
     "strides_of",
@@ -169,18 +170,25 @@ def key_arguments(
         "seqused_k": None if packing is None else packing.seqused_k,
         "cache_rows": cache_rows if use_descriptors else None,
         **dict.fromkeys(("cache_batch_idx", "cache_leftpad", "rows_added")),
-        **dict.fromkeys(("block_table", "table_stride", "page_bits")),
+        **page_arguments(pages),
     }
     if cache is not None:
         arguments["seqused_k"] = cache.seqlens
         arguments["cache_batch_idx"] = cache.batch_idx
         arguments["cache_leftpad"] = cache.leftpad
         arguments["rows_added"] = cache.seqlen_new if cache.seqlens is not None else 0
-    if pages is not None and pages.block_table is not None:
-        arguments["block_table"] = pages.block_table
-        arguments["table_stride"] = pages.block_table.stride(0)
-        arguments["page_bits"] = pages.page_size.bit_length() - 1
     return arguments
+
+
+def page_arguments(pages: Packing | Cache | None) -> dict[str, Any]:
+    """The arguments by which a kernel finds the page of a key."""
+    if pages is None or pages.block_table is None:
+        return dict.fromkeys(("block_table", "table_stride", "page_bits"))
+    return {
+        "block_table": pages.block_table,
+        "table_stride": pages.block_table.stride(0),
+        "page_bits": pages.page_size.bit_length() - 1,
+    }
 
 
 def _rows_between_entries(k: torch.Tensor, v: torch.Tensor) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LEAST_PAGE_SIZE", "Packing", "check_block_table", "check_index"]
+__all__ = ["LEAST_PAGE_SIZE", "Packing", "check_block_table", "check_index", "check_length"]
 
 LEAST_PAGE_SIZE = 16
 
@@ -50,6 +51,7 @@ class Packing:
     def describe(
         cls,
         q: torch.Tensor,
+        k: torch.Tensor,
         cu_seqlens_q: torch.Tensor,
         cu_seqlens_k: torch.Tensor,
         max_seqlen_q: int,
@@ -57,9 +59,10 @@ class Packing:
         seqused_q: torch.Tensor | None = None,
         seqused_k: torch.Tensor | None = None,
         block_table: torch.Tensor | None = None,
-        page_size: int = 0,
     ) -> Packing:
         """Check a packed batch's bounds and return its description.
+
+        q and k tell the device and the page size; ``AttentionProblem.describe`` checks the rest of them.
 
         Raises:
             RuntimeError: a tensor of the wrong shape, dtype or device.
@@ -77,13 +80,15 @@ class Packing:
         for name, seqused in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
             if seqused is not None:
                 check_index(name, seqused, device, batch, "(batch,)")
+        page_size = 0
         if block_table is not None:
+            page_size = _page_size_of(k)
             check_block_table(block_table, page_size, batch, device)
         return cls(
             cu_seqlens_q=cu_seqlens_q.contiguous(),
             cu_seqlens_k=cu_seqlens_k.contiguous(),
-            max_seqlen_q=_length("max_seqlen_q", max_seqlen_q),
-            max_seqlen_k=_length("max_seqlen_k", max_seqlen_k),
+            max_seqlen_q=check_length("max_seqlen_q", max_seqlen_q),
+            max_seqlen_k=check_length("max_seqlen_k", max_seqlen_k),
             seqused_q=None if seqused_q is None else seqused_q.contiguous(),
             seqused_k=None if seqused_k is None else seqused_k.contiguous(),
             block_table=block_table,
@@ -94,6 +99,17 @@ class Packing:
         """The tensors by name, as kernels take them."""
         for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
             yield name, getattr(self, name)
+
+
+def _page_size_of(k: Any) -> int:
+    if not isinstance(k, torch.Tensor):
+        raise TypeError(f"k must be a torch.Tensor, got {type(k).__name__}")
+    if k.dim() != 4:
+        raise RuntimeError(
+            "k must have 4 dimensions (num_pages, page_size, nheads, headdim) where block_table is given, "
+            f"got shape {tuple(k.shape)}"
+        )
+    return k.shape[1]
 
 
 def check_index(
@@ -134,11 +150,32 @@ def check_block_table(block_table: Any, page_size: int, batch: int, device: torc
         )
 
 
-def _length(name: str, value: Any) -> int:
-    # Callers hand down 0-d tensors as well as ints.
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}")
-    length = int(value)
+def check_length(name: str, value: Any) -> int:
+    """Return an integer that is at least 0: an int, or a tensor of one, which is read.
+
+    Raises:
+        ValueError: below 0.
+        TypeError: no integer.
+    """
+    # torch.compile follows isinstance on symbolic numbers, but not operator.index.
+    length = value if isinstance(value, int) and not isinstance(value, bool) else _as_index(name, value)
     if length < 0:
         raise ValueError(f"{name} must be at least 0, got {length}")
     return length
+
+
+def _as_index(name: str, value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if value.numel() != 1 or not whole or value.is_meta:
+            raise TypeError(
+                f"{name} must be an integer, "
+                f"got a tensor of shape {tuple(value.shape)} and {value.dtype} on {value.device}"
+            )
+        return int(value.item())
+    try:
+        if isinstance(value, bool):
+            raise TypeError("a bool is no number of rows")
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}") from error

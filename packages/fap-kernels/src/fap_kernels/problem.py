@@ -55,6 +55,7 @@ class AttentionProblem:
             whose.
         cached: k and v are a cache of which each sequence has a length of its own, up to ``seqlen_k``.
         page_size: rows of a page, 0 without pages.
+        seqused_q, seqused_k: not all of a packed sequence's queries, or keys, need count.
     """
 
     batch: int
@@ -79,6 +80,8 @@ class AttentionProblem:
     paged: bool = False
     cached: bool = False
     page_size: int = 0
+    seqused_q: bool = False
+    seqused_k: bool = False
 
     @classmethod
     def describe(
@@ -151,6 +154,8 @@ class AttentionProblem:
             paged=paged,
             cached=cache is not None,
             page_size=pages.page_size if paged and pages is not None else 0,
+            seqused_q=packing is not None and packing.seqused_q is not None,
+            seqused_k=packing is not None and packing.seqused_k is not None,
         )
 
 

@@ -22,8 +22,6 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.paged and problem.needs_grad:
         reasons.append("keys and values in pages (block_table) have no gradients")
-    if problem.paged and problem.dropout_p > 0.0 and problem.return_attn_probs:
-        reasons.append("return_attn_probs with dropout needs keys that do not lie in pages (block_table)")
     return tensor_reasons(problem.dtype, problem.device) + reasons
 
 

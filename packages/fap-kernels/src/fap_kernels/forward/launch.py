@@ -11,6 +11,7 @@ from ..launch import (
     key_arguments,
     option_arguments,
     packing_arguments,
+    page_arguments,
     part_arguments,
     row_arguments,
     strides_of,
@@ -88,6 +89,7 @@ def plan_probabilities(
     weights: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     rng_state: torch.Tensor | None,
+    packing: Packing | None = None,
 ) -> Launch:
     """The launch that fills ``weights``, whose last two sizes are multiples of PROBABILITY_TILE."""
     config = PROBABILITIES
@@ -100,9 +102,12 @@ def plan_probabilities(
         kernel=attention_probabilities_kernel,
         programs=problem.batch * problem.nheads * (rows // config.block_m) * (columns // config.block_n),
         arguments={
-            **row_arguments("q", q, config.block_m, sizes, use_descriptors=False, packed=False),
-            **row_arguments("k", k, config.block_n, sizes, use_descriptors=False, packed=False),
+            **row_arguments("q", q, config.block_m, sizes, use_descriptors=False, packed=problem.packed),
+            **row_arguments("k", k, config.block_n, sizes, use_descriptors=False, packed=problem.packed),
+            **packing_arguments(packing),
+            **page_arguments(packing),
             "lse": softmax_lse,
+            "lse_strides": softmax_lse.stride()[:2],
             "weights": weights,
             "rows_stored": rows,
             "columns_stored": columns,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fap_api._call import Options, describe
+from fap_api._kvcache_call import KVCacheOptions, KVCacheTensors, describe_with_kvcache
 from fap_api.backends import select
 from fap_api.backends.registry import BACKENDS
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Explanation", "explain"]
+    from fap_kernels.problem import AttentionProblem
+
+__all__ = ["Explanation", "explain", "explain_with_kvcache"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,45 @@ def explain(
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
-    problem = describe(q, k, v, options)
+    return _explain(describe(q, k, v, options))
+
+
+def explain_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Explanation:
+    """Tell which back end a call over a KV cache would take and why no other; nothing is run or written.
+
+    Arguments and errors as for :func:`fap_api.flash_attn_with_kvcache`; lengths in tensors are not looked at.
+    """
+    tensors = KVCacheTensors(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+        block_table, alibi_slopes,
+    )  # fmt: skip
+    options = KVCacheOptions(
+        softmax_scale, causal, window_size, softcap, rotary_interleaved, num_splits, return_softmax_lse
+    )
+    return _explain(describe_with_kvcache(tensors, options))
+
+
+def _explain(problem: AttentionProblem) -> Explanation:
     _, chosen_by = select.setting()
     reasons = {name: tuple(select.reasons_against(name, problem)) for name in BACKENDS}
     try:

@@ -74,7 +74,11 @@ def _append_and_attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     angles = None if rotary_cos is None or rotary_sin is None else (rotary_cos, rotary_sin)
     new = NewKeys(k, v, cache_seqlens, angles, rotary_interleaved)
-    return _attend(q, k_cache, v_cache, cache_seqlens, *rest, new=new)
+    result = _attend(q, k_cache, v_cache, cache_seqlens, *rest, new=new)
+    # Kernels write behind PyTorch's back, and autograd has to find out if it saved a cache. Inference tensors
+    # have no version, and autograd does not save them.
+    torch.autograd.graph.increment_version([x for x in (k_cache, v_cache) if not x.is_inference()])
+    return result
 
 
 _LIBRARY.impl("kvcache_attention", _attend, "CompositeExplicitAutograd")

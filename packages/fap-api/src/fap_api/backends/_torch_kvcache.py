@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fap_api.backends.base import NewKeys, Places, Score
 
-__all__ = ["CachedCall", "append", "every_row", "sequences"]
+__all__ = ["CachedCall", "append", "every_row", "known_to_the_host", "sequences"]
 
 
 def append(
@@ -49,6 +49,11 @@ def append(
         for cache, x in ((k_cache, k), (v_cache, new.v)):
             cache.index_put_(rows, torch.where(fits, x, cache[rows]))
     return q
+
+
+def known_to_the_host(x: torch.Tensor) -> bool:
+    """Whether lengths on the device of ``x`` can be read without waiting for it."""
+    return x.device.type == "cpu"
 
 
 def sequences(

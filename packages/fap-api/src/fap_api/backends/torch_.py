@@ -8,7 +8,7 @@ import torch
 
 from fap_api.backends._chunks import ChunkedCall, Tile, grouped, ungrouped, wide_dtype
 from fap_api.backends._dropout import draw_rng_state
-from fap_api.backends._torch_kvcache import CachedCall, append, every_row, sequences
+from fap_api.backends._torch_kvcache import CachedCall, append, every_row, known_to_the_host, sequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -119,14 +119,14 @@ class TorchBackend:
             if new is not None:
                 seqlen_new = new.k.shape[1]
                 q = append(q, k_cache, v_cache, new, places, local=score.is_local)
-            if q.device.type == "cpu":
+            if known_to_the_host(q):
                 keys = sequences(k_cache, v_cache, places, q.shape[0], seqlen_new)
                 return self._attend_one_by_one(q, keys, score)
             k, v = (every_row(cache, places) for cache in (k_cache, v_cache))
             call = CachedCall(q, k, score, places, seqlen_new)
             value = grouped(v, v.shape[2], call.dtype)[:, 0]
-            # What lies beyond the keys may be anything, and 0 * nan would be nan.
-            value.masked_fill_(~call.exists()[..., None], 0.0)
+            # What lies beyond the keys may be anything, and 0 * nan would be nan. It may be the cache itself.
+            value = value.masked_fill(~call.exists()[..., None], 0.0)
             return _forward_call(call, q, value, None)
 
     def _attend_one_by_one(

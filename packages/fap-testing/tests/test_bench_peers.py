@@ -40,7 +40,9 @@ BOTH_WAYS = ("fwd", "bwd", "both")
 
 def test_the_peers_that_users_choose_from_are_there():
     expected = {"fap", "fap-kernels", "fap-nn", "sdpa", "sdpa-flash", "sdpa-cudnn", "flex", "flash-attn-2"}
-    assert expected | {"flash-attn-3", "flash-attn-4", "flag-gems", "xformers"} == PEERS.keys()
+    ours = {"fap-triton", "fap-hopper", "fap-dense"}
+    others = {"flash-attn-3", "flash-attn-4", "flag-gems", "xformers"}
+    assert expected | ours | others == PEERS.keys()
 
 
 def test_a_new_peer_is_one_class(monkeypatch):

@@ -1,4 +1,4 @@
-"""The subcommands of ``fap-bench``."""
+"""The subcommands of ``fap-bench`` that measure; those that read records are in ``cli_records``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fap_testing.bench import options
-from fap_testing.bench.compare import compare as compare_records
+from fap_testing.bench import cli_records, options
 from fap_testing.bench.decode import Decode
 from fap_testing.bench.measure import measure_point
 from fap_testing.bench.memory import measure_memory
 from fap_testing.bench.options import Choice
-from fap_testing.bench.plot import draw_plot
 from fap_testing.bench.prefill import Prefill
-from fap_testing.bench.record import load
-from fap_testing.bench.report import comparison_table
-from fap_testing.bench.run import console_of, run
-from fap_testing.bench.timing import CpuTimer, CudaTimer, HostTimer
+from fap_testing.bench.run import run
+from fap_testing.bench.timing import CpuTimer, CudaTimer, GraphTimer, HostTimer
 from fap_testing.bench.varlen import Varlen, lognormal_lengths
 
 if TYPE_CHECKING:
-    from fap_testing.bench.record import Record
     from fap_testing.bench.run import Measure
     from fap_testing.bench.timing import Timer
 
@@ -54,12 +49,14 @@ def prefill(
     backend: options.Backend = "auto",
     device: options.Device = "",
     quick: options.Quick = False,
+    jobs: options.Jobs = 0,
+    commit: options.Commit = "",
     json: options.Json = None,
     csv: options.Csv = None,
     plot: options.Plot = None,
 ) -> None:
     """Dense self-attention: TFLOP/s over sequences of one length, the number of tokens held constant."""
-    choice = _choice("prefill", peers, backend, dtype, device, quick, json, csv, plot)
+    choice = _choice("prefill", peers, backend, dtype, device, quick, jobs, commit, json, csv, plot)
     default_dims = choice.pick(gpu="64,128,256", gpu_quick="64,128", cpu="64,128", cpu_quick="64")
     default_lengths = choice.pick(
         gpu="512,1024,2048,4096,8192,16384", gpu_quick="2048,16384", cpu="128,512,2048", cpu_quick="128,512"
@@ -94,12 +91,14 @@ def varlen(
     backend: options.Backend = "auto",
     device: options.Device = "",
     quick: options.Quick = False,
+    jobs: options.Jobs = 0,
+    commit: options.Commit = "",
     json: options.Json = None,
     csv: options.Csv = None,
     plot: options.Plot = None,
 ) -> None:
     """Packed sequences without padding: TFLOP/s of the pairs that count."""
-    choice = _choice("varlen", peers, backend, dtype, device, quick, json, csv, plot)
+    choice = _choice("varlen", peers, backend, dtype, device, quick, jobs, commit, json, csv, plot)
     default_dims = choice.pick(gpu="64,128,256", gpu_quick="128", cpu="64", cpu_quick="64")
     default_lengths = choice.pick(
         gpu="512,2048,mixed", gpu_quick="mixed", cpu="128,mixed", cpu_quick="128,mixed"
@@ -128,17 +127,25 @@ def decode(
     ragged: Annotated[
         bool, typer.Option("--ragged", help="Lengths from a quarter of --seqlens up to it.")
     ] = False,
+    graph: Annotated[
+        bool,
+        typer.Option("--graph", help="Replay calls from a CUDA graph, as servers do. Needs a GPU."),
+    ] = False,
     dtype: options.Dtype = "",
     peers: options.Peers = "",
     backend: options.Backend = "auto",
     device: options.Device = "",
     quick: options.Quick = False,
+    jobs: options.Jobs = 0,
+    commit: options.Commit = "",
     json: options.Json = None,
     csv: options.Csv = None,
     plot: options.Plot = None,
 ) -> None:
     """A few new queries against a KV cache, causal: microseconds, and GB/s of the keys and values read."""
-    choice = _choice("decode", peers, backend, dtype, device, quick, json, csv, plot)
+    choice = _choice("decode", peers, backend, dtype, device, quick, jobs, commit, json, csv, plot)
+    if graph and not choice.on_gpu:
+        raise typer.BadParameter("--graph needs a GPU, and this run is on the CPU")
     default_dims = choice.pick(gpu="64,128", gpu_quick="128", cpu="64", cpu_quick="64")
     default_lengths = choice.pick(gpu="1024,8192,65536", gpu_quick="8192", cpu="512,2048", cpu_quick="512")
     default_batches = choice.pick(gpu="1,16,64", gpu_quick="1,16", cpu="4", cpu_quick="2")
@@ -158,7 +165,8 @@ def decode(
         for batch in options.numbers(batches or default_batches, "--batches")
         for seqlen in options.numbers(seqlens or default_lengths, "--seqlens")
     ]
-    run(choice, points, ["fwd"], _timed(choice))
+    timer = GraphTimer() if graph else None
+    run(choice, points, ["fwd"], _timed(choice, timer), graph=graph)
 
 
 @app.command()
@@ -169,6 +177,8 @@ def overhead(
     backend: options.Backend = "auto",
     device: options.Device = "",
     quick: options.Quick = False,
+    jobs: options.Jobs = 0,
+    commit: options.Commit = "",
     json: options.Json = None,
     csv: options.Csv = None,
     plot: options.Plot = None,
@@ -177,7 +187,7 @@ def overhead(
 
     fwd is a forward call without a graph, fwd+grad one that records it, bwd a backward call.
     """
-    choice = _choice("overhead", peers, backend, dtype, device, quick, json, csv, plot)
+    choice = _choice("overhead", peers, backend, dtype, device, quick, jobs, commit, json, csv, plot)
     point = Prefill(
         batch=1,
         seqlen_q=128,
@@ -204,67 +214,29 @@ def memory(
     backend: options.Backend = "auto",
     device: options.Device = "",
     quick: options.Quick = False,
+    jobs: options.Jobs = 0,
+    commit: options.Commit = "",
     json: options.Json = None,
     csv: options.Csv = None,
     plot: options.Plot = None,
 ) -> None:
-    """Bytes beyond the inputs at the peak of a call, as one sequence grows. Needs a GPU."""
-    choice = _choice("memory", peers, backend, dtype, device, quick, json, csv, plot)
-    if not choice.on_gpu:
-        typer.echo(
-            "fap-bench memory needs a GPU: PyTorch does not count what it allocates on a CPU", err=True
-        )
-        raise typer.Exit(2)
-    default_lengths = "2048,16384" if quick else "1024,4096,16384,65536"
+    """Bytes beyond the inputs at the peak of a call, as one sequence grows."""
+    choice = _choice("memory", peers, backend, dtype, device, quick, jobs, commit, json, csv, plot)
+    default_lengths = choice.pick(
+        gpu="1024,4096,16384,65536", gpu_quick="2048,16384", cpu="512,1024,2048,4096", cpu_quick="512,2048"
+    )
+    _, width = _scale(choice)
     points = [
-        Prefill.of_tokens(head_dim, seqlen, tokens=seqlen, width=_GPU_WIDTH, group=group, **mask)
+        Prefill.of_tokens(head_dim, seqlen, tokens=seqlen, width=width, group=group, **mask)
         for head_dim in options.numbers(head_dims, "--head-dims")
         for mask in _masks(choice, causal, "")
         for seqlen in options.numbers(seqlens or default_lengths, "--seqlens")
     ]
-    run(choice, points, options.directions(direction), measure_memory, width=_GPU_WIDTH)
+    run(choice, points, options.directions(direction), measure_memory, width=width)
 
 
-@app.command()
-def compare(
-    old: Annotated[Path, typer.Argument(help="A record that --json wrote.")],
-    new: Annotated[Path, typer.Argument(help="A later one of the same command.")],
-    threshold: Annotated[
-        float, typer.Option(min=0.0, help="By how much a figure may grow: 0.05 is 5%.")
-    ] = 0.05,
-    peers: Annotated[
-        str, typer.Option(help="Whose figures, by column.", show_default="FlashAttention-Plus's own")
-    ] = "",
-) -> None:
-    """Print the ratio of each figure of two runs, and exit with 1 if one got worse."""
-    try:
-        found = compare_records(
-            _load(old), _load(new), threshold=threshold, peers=options.names(peers, "--peers")
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    console = console_of(4)
-    for name, before, after in found.machine:
-        console.print(f"another {name}: {before or 'none'}, now {after or 'none'}", markup=False)
-    console.print(comparison_table(found))
-    counts = f"{len(found.pairs)} in common, {len(found.missing)} only old, {len(found.added)} only new"
-    console.print(
-        f"geometric mean {found.mean:.3f}; {counts}; {len(found.worse)} worse by more than {threshold:.0%}"
-    )
-    if found.worse:
-        raise typer.Exit(1)
-
-
-@app.command()
-def plot(
-    results: Annotated[Path, typer.Argument(help="A record that --json wrote.")],
-    out: Annotated[Path, typer.Option(help="The picture, png, svg or pdf by its name.", dir_okay=False)],
-) -> None:
-    """Draw a record."""
-    try:
-        draw_plot(_load(results), out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+for _command in (cli_records.show, cli_records.compare, cli_records.check, cli_records.plot):
+    app.command()(_command)
 
 
 def _choice(
@@ -274,11 +246,14 @@ def _choice(
     dtype: str,
     device: str,
     quick: bool,
+    jobs: int,
+    commit: str,
     json: Path | None,
     csv: Path | None,
     plot: Path | None,
 ) -> Choice:
-    rest: dict[str, Any] = {"quick": quick, "json": json, "csv": csv, "plot": plot}
+    files = {"json": json, "csv": csv, "plot": plot}
+    rest: dict[str, Any] = {"quick": quick, "jobs": jobs, "commit": commit, **files}
     return Choice.of(command, peers=peers, backend=backend, dtype=dtype, device=device, **rest)
 
 
@@ -317,10 +292,3 @@ def _cache_lengths(seqlen: int, batch: int, *, ragged: bool) -> tuple[int, ...]:
         return (seqlen,) * batch
     shortest = max(1, seqlen // 4)
     return tuple(shortest + (seqlen - shortest) * i // (batch - 1) for i in range(batch))
-
-
-def _load(path: Path) -> Record:
-    try:
-        return load(path)
-    except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from error

@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fap_testing.bench.record import differences
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fap_testing.bench.record import Record, Row
 
 __all__ = ["Comparison", "Pair", "compare", "geometric_mean"]
-
-# What makes figures of two runs incomparable, or hard to compare, if it differs.
-_DECISIVE = ("device", "gpu", "driver", "torch", "triton", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +93,7 @@ def compare(old: Record, new: Record, *, threshold: float, peers: Sequence[str] 
         pairs=[_pair(before[key], after[key], metric, threshold) for key in common],
         missing=[row for key, row in before.items() if key not in after],
         added=[row for key, row in after.items() if key not in before],
-        machine=[
-            (name, old.machine.get(name, ""), new.machine.get(name, ""))
-            for name in _DECISIVE
-            if old.machine.get(name, "") != new.machine.get(name, "")
-        ],
+        machine=differences(old, new),
     )
 
 

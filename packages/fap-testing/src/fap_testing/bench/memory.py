@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import TYPE_CHECKING
+import tempfile
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fap_testing.bench.measure import trials_at
 from fap_testing.bench.trial import free_memory, require_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fap_testing.bench.peers.base import Peer
     from fap_testing.bench.prefill import Prefill
@@ -84,11 +89,29 @@ def _peak(trial: Trial, problem: Prefill, direction: Direction) -> dict[str, flo
     with trial.peer.scope():
         call()
         free_memory(problem.device)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
+        peak = _peak_on_gpu(call) if problem.device == "cuda" else _peak_on_cpu(call)
     accounted = accounted_bytes(problem, direction)
     return {"bytes": float(peak), "accounted_bytes": float(accounted), "ratio": peak / accounted}
+
+
+def _peak_on_gpu(call: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(call: Callable[[], Any]) -> int:
+    """Add up what PyTorch's profiler sees its CPU allocator give and take back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    steps = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"
+    )
+    return max(accumulate(size for _, size in steps), default=0)

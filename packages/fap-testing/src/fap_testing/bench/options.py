@@ -19,12 +19,14 @@ __all__ = [
     "Backend",
     "Causal",
     "Choice",
+    "Commit",
     "Csv",
     "Device",
     "Directions",
     "Dtype",
     "Group",
     "HeadDims",
+    "Jobs",
     "Json",
     "Peers",
     "Plot",
@@ -67,6 +69,12 @@ Backend = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cuda or cpu.", show_default="cuda where there is one")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few points, less time for each.")]
+Jobs = Annotated[
+    int, typer.Option(min=0, help="Processes that compile kernels beforehand.", show_default="none")
+]
+Commit = Annotated[
+    str, typer.Option(help="What is measured, where no checkout around the code tells.", show_default="none")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the record here.", dir_okay=False)]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Write the figures as a table here.", dir_okay=False)]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the figures here.", dir_okay=False)]
@@ -81,6 +89,8 @@ class Choice:
         peers, backends: whom to measure.
         dtype, device: on what.
         quick: few points, less time.
+        jobs: processes that compile beforehand.
+        commit: what is measured, where nothing else tells.
         json, csv, plot: what to write.
     """
 
@@ -90,6 +100,8 @@ class Choice:
     dtype: str
     device: str
     quick: bool
+    jobs: int
+    commit: str
     json: Path | None
     csv: Path | None
     plot: Path | None

@@ -75,7 +75,7 @@ def _line(row: Row) -> tuple[Direction, str]:
 
 def _column(row: Row) -> tuple[int, int]:
     """Return the head dimension and, where it does not follow from the length, the batch."""
-    batch = len(row.problem["lengths"]) if row.problem["kind"] == "decode" else 0
+    batch = row.problem["batch"] if row.problem["kind"] == "decode" else 0
     return row.problem["head_dim"], batch
 
 

@@ -83,6 +83,11 @@ class Problem:
         return f"d{self.head_dim} {self.mask} {self.size}"
 
     @property
+    def equal(self) -> bool:
+        """Whether all sequences are of one length."""
+        return True
+
+    @property
     def size(self) -> str:
         """The sequences, in a word."""
         raise NotImplementedError(f"{type(self).__name__} must define size")
@@ -150,7 +155,10 @@ class Problem:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold, with what a reader of the file wants to sort by."""
         fields = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
-        return {"kind": self.kind, "mask": self.mask, "seqlen": self.seqlen, **fields}
+        if "lengths" in fields:
+            fields["batch"] = len(fields["lengths"])
+        derived = {"kind": self.kind, "mask": self.mask, "seqlen": self.seqlen, "equal": self.equal}
+        return {**derived, **fields}
 
     def heads_of(self, kv_heads: list[int]) -> list[int]:
         """Return the heads of q that read these heads of k and v."""

@@ -9,20 +9,37 @@ import json
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fap_testing.bench.problem import Direction
 
-__all__ = ["METRICS", "SCHEMA", "Record", "Row", "Status", "describe_machine", "load", "save", "save_csv"]
+__all__ = [
+    "DECISIVE",
+    "METRICS",
+    "SCHEMA",
+    "Record",
+    "Row",
+    "Status",
+    "describe_machine",
+    "differences",
+    "load",
+    "merge",
+    "save",
+    "save_csv",
+]
 
 SCHEMA = 1
 Status = Literal["ok", "wrong", "failed", "unsupported"]
 # What a command measures. Less is better in all of them.
+# What makes figures of two runs incomparable, or hard to compare, if it differs.
+DECISIVE = ("device", "gpu", "driver", "torch", "triton", "cuda")
 METRICS = {"prefill": "ms", "varlen": "ms", "decode": "ms", "overhead": "us", "memory": "bytes"}
 
 
@@ -130,8 +147,40 @@ def load(path: Path) -> Record:
         raise ValueError(f"{path} is no record of fap-bench ({type(error).__name__}: {error})") from error
 
 
-def describe_machine(device: str) -> dict[str, str]:
-    """Return what a figure depends on besides the sizes."""
+def merge(records: Sequence[Record]) -> Record:
+    """Return records of one command on one machine as one; of the same measurement the last counts.
+
+    Raises:
+        ValueError: there is none, they are of several commands, or the machines differ.
+    """
+    if not records:
+        raise ValueError("records must be one or more, got none")
+    first, last = records[0], records[-1]
+    rows: dict[tuple[str, str, str], Row] = {}
+    for record in records:
+        if record.command != first.command:
+            raise ValueError(f"records must be of one command, got {first.command!r} and {record.command!r}")
+        for name, one, other in differences(first, record):
+            raise ValueError(f"records must be of one machine, got {name} {one!r} and {other!r}")
+        rows |= {row.key: row for row in record.rows}
+    peers = {name: version for record in records for name, version in record.peers.items()}
+    absent = {name: why for record in records for name, why in record.absent.items() if name not in peers}
+    return replace(last, peers=peers, absent=absent, rows=list(rows.values()))
+
+
+def differences(old: Record, new: Record) -> list[tuple[str, str, str]]:
+    """Return what differs between two records' machines and software: name, old, new."""
+    pairs = ((name, old.machine.get(name, ""), new.machine.get(name, "")) for name in DECISIVE)
+    return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def describe_machine(device: str, commit: str = "") -> dict[str, str]:
+    """Return what a figure depends on besides the sizes.
+
+    Args:
+        device: a type of device.
+        commit: what is measured, if this module lies in no checkout that could tell.
+    """
     now = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
     machine = {
         "time": now,
@@ -140,7 +189,7 @@ def describe_machine(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
-        "commit": _commit(),
+        "commit": _commit() or commit or "not in a checkout",
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -161,11 +210,11 @@ def _version(distribution: str) -> str:
 
 
 def _commit() -> str:
-    """Name the commit of the checkout that this module lies in, and say if it has been changed since."""
+    """Name the commit of the checkout that this module lies in, if any, and say if it was changed since."""
     folder = Path(__file__).parent
     # Another project's checkout, with this one installed somewhere inside, would name the wrong commit.
     if not _output("git", "-C", str(folder), "ls-files", Path(__file__).name):
-        return "not in a checkout"
+        return ""
     commit = _output("git", "-C", str(folder), "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}, changed since" if changed else commit

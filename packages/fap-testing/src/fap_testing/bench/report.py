@@ -15,9 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from fap_testing.bench.compare import Comparison
+    from fap_testing.bench.promises import Finding, Promise
     from fap_testing.bench.record import Record, Row
 
-__all__ = ["comparison_table", "faults", "footnotes", "machine_line", "notes", "summary_lines", "tables"]
+__all__ = [
+    "comparison_table",
+    "faults",
+    "findings_table",
+    "footnotes",
+    "machine_line",
+    "notes",
+    "summary_lines",
+    "tables",
+]
 
 _MIB = 1 << 20
 
@@ -93,7 +103,8 @@ def tables(record: Record) -> Iterator[Table]:
     style, numbers = _STYLES[record.command], notes(record)
     peers = list(dict.fromkeys(row.peer for row in record.rows))
     for direction in dict.fromkeys(row.direction for row in record.rows):
-        table = Table(title=f"{record.command} {direction}: {style.title}", title_justify="left")
+        title = f"{record.command} {direction}: {style.title}"
+        table = Table(title=title, title_justify="left", min_width=min(80, len(title)))
         table.add_column("point", no_wrap=True)
         for peer in peers:
             table.add_column(peer, justify="right", overflow="fold")
@@ -173,6 +184,32 @@ def comparison_table(comparison: Comparison) -> Table:
         cells = [pair.new.point, pair.new.direction, pair.new.peer, *figures, ratio]
         table.add_row(*[Text(cell) for cell in cells], style="bold red" if pair.worse else "")
     return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Return promises beside what was measured, those that are not kept in bold."""
+    table = Table(title="promised, and measured", title_justify="left")
+    for name in ("point", "direction", "peer"):
+        table.add_column(name, no_wrap=True)
+    for name in ("promised", "measured"):
+        table.add_column(name, justify="right")
+    for finding in findings:
+        promise, row = finding.promise, finding.row
+        where = ", ".join(f"{name} {value}" for name, value in promise.where.items())
+        point, direction = (row.point, row.direction) if row else (where, "")
+        measured = "-" if row is None else row.status if finding.value is None else f"{finding.value:.4g}"
+        cells = [point, direction, promise.peer, _promised(promise), measured]
+        style = {True: "", False: "bold red", None: "dim"}[finding.kept]
+        table.add_row(*[Text(cell) for cell in cells], style=style)
+    return table
+
+
+def _promised(promise: Promise) -> str:
+    bound = f"{promise.at_least:g}" if promise.at_least is not None else f"at most {promise.at_most:g}"
+    if promise.times is None:
+        return f"{bound} {promise.measure}"
+    other = " ".join(str(x) if name == "peer" else f"{name} {x}" for name, x in promise.times.items())
+    return f"{bound}x {other}"
 
 
 def _figure(row: Row, metric: str) -> str:

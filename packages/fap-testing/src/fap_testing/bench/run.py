@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import BrokenExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fap_testing.bench.ahead import compile_ahead, tasks
 from fap_testing.bench.measure import present_peers
 from fap_testing.bench.peers import select_peers
 from fap_testing.bench.record import Record, describe_machine, save, save_csv
@@ -53,11 +55,12 @@ def run(
     peers, absent = present_peers(chosen, choice.device, points[0].kind)
     record = Record(
         command=choice.command,
-        machine=describe_machine(choice.device),
+        machine=describe_machine(choice.device, choice.commit),
         settings=choice.settings(directions=list(directions), **settings),
         peers={peer.name: peer.version() for peer in peers},
         absent=absent,
     )
+    _compile(choice, points, peers, directions)
     troubles = _measure_all(record, choice, points, peers, lambda point: measure(point, peers, directions))
     show(record)
     _write(record, choice)
@@ -72,7 +75,7 @@ def run(
 def show(record: Record) -> None:
     """Print a record's tables, footnotes and summary."""
     console = console_of(len({row.peer for row in record.rows}))
-    console.print(machine_line(record), markup=False)
+    console.print(machine_line(record), markup=False, soft_wrap=True)
     for table in tables(record):
         console.print(table)
     for line in (*footnotes(record), *summary_lines(record)):
@@ -98,9 +101,8 @@ def _measure_all(
     if not peers:
         return []
     troubles = []
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _progress() as progress:
+        console = progress.console
         task = progress.add_task("heating up", total=len(points))
         preheat(choice.device, choice.effort.preheat_s)
         for number, point in enumerate(points, 1):
@@ -124,6 +126,32 @@ def _measure_all(
             if choice.json is not None:
                 save(record, choice.json)
     return troubles
+
+
+def _compile(
+    choice: Choice, points: Sequence[Problem], peers: Sequence[Peer], directions: Sequence[Direction]
+) -> None:
+    """Compile in other processes, if that is asked for and there is anything to compile."""
+    work = tasks(points, peers) if choice.jobs else []
+    if not work:
+        return
+    with _progress() as progress:
+        if not progress.console.is_terminal:
+            progress.console.print(f"compiling for {len(work)} points in {choice.jobs} processes")
+        try:
+            for _ in progress.track(
+                compile_ahead(work, directions, choice.jobs), total=len(work), description="compiling"
+            ):
+                pass
+        except BrokenExecutor as error:
+            progress.console.print(f"compiling beforehand ended early: {first_line(error)}", markup=False)
+
+
+def _progress() -> Progress:
+    """Return a bar on a terminal's standard error."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _write(record: Record, choice: Choice) -> None:

@@ -42,6 +42,11 @@ class Varlen(Problem):
         return cls(lengths=lengths, nheads=nheads_k * group, nheads_k=nheads_k, head_dim=head_dim, **options)
 
     @property
+    def batch(self) -> int:
+        """How many sequences."""
+        return len(self.lengths)
+
+    @property
     def equal(self) -> bool:
         """Whether all sequences are of one length, so that a dense call could do the same."""
         return len(set(self.lengths)) == 1
@@ -50,13 +55,13 @@ class Varlen(Problem):
     def size(self) -> str:
         """How many sequences, and how long."""
         if self.equal:
-            return f"{len(self.lengths)}x{self.lengths[0]}{self.grouping}"
-        return f"{len(self.lengths)} of {min(self.lengths)}-{max(self.lengths)}{self.grouping}"
+            return f"{self.batch}x{self.lengths[0]}{self.grouping}"
+        return f"{self.batch} of {min(self.lengths)}-{max(self.lengths)}{self.grouping}"
 
     @property
     def seqlen(self) -> int:
         """The mean length."""
-        return round(sum(self.lengths) / len(self.lengths))
+        return round(sum(self.lengths) / self.batch)
 
     def flops(self, direction: Direction) -> float:
         """Count floating-point operations; see the base class."""

@@ -1,11 +1,16 @@
-"""The implementations that can be measured, by name. A new one is a class in a file here and a line below."""
+"""The implementations that can be measured, by name. A new one is a class in a file here and a line below.
+
+One that lives elsewhere needs neither: ``--peers my_module:MyPeer`` imports it.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from fap_testing.bench.peers.base import Peer
-from fap_testing.bench.peers.fap import FapApi, FapKernels, FapModule
+from fap_testing.bench.peers.fap import FapApi, FapModule
+from fap_testing.bench.peers.fap_kernels import FapDense, FapHopper, FapKernels, FapTriton
 from fap_testing.bench.peers.flag_gems import FlagGems
 from fap_testing.bench.peers.flash_attn_2 import FlashAttention2
 from fap_testing.bench.peers.flash_attn_3 import FlashAttention3
@@ -36,6 +41,9 @@ def register(peer: type[Peer]) -> type[Peer]:
 
 for _peer in (
     FapApi,
+    FapTriton,
+    FapHopper,
+    FapDense,
     FapKernels,
     FapModule,
     Sdpa,
@@ -55,19 +63,31 @@ def select_peers(names: Sequence[str], backends: Sequence[str], *, command: str)
     """Return the peers of these names, or, without names, those that a subcommand measures by itself.
 
     Args:
-        names: of :data:`PEERS`; "fap" and "fap-nn" stand once for each back end.
+        names: of :data:`PEERS`, or ``module:Class``; "fap" and "fap-nn" stand once for each back end.
         backends: of fap_api, or "auto" for its own choice.
         command: the subcommand.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a class that is no peer.
     """
-    unknown = [name for name in names if name not in PEERS]
+    unknown = [name for name in names if name not in PEERS and ":" not in name]
     if unknown:
-        raise ValueError(f"peers must be any of {', '.join(PEERS)}, got {', '.join(unknown)}")
-    chosen: list[Peer] = []
-    for name in dict.fromkeys(names) or PEERS:
-        peer = PEERS[name]
-        if names or not peer.commands or command in peer.commands:
-            chosen += peer.variants(backends)
-    return chosen
+        raise ValueError(
+            f"peers must be any of {', '.join(PEERS)}, or module:Class, got {', '.join(unknown)}"
+        )
+    if not names:
+        asked = [peer for peer in PEERS.values() if not peer.commands or command in peer.commands]
+    else:
+        asked = [PEERS.get(name) or _imported(name) for name in dict.fromkeys(names)]
+    return [variant for peer in asked for variant in peer.variants(backends)]
+
+
+def _imported(name: str) -> type[Peer]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the peer {name} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Peer)):
+        raise ValueError(f"the peer {name} must be a subclass of {Peer.__module__}.Peer, got {found!r}")
+    return found

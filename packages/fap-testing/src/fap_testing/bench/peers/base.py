@@ -71,6 +71,8 @@ class Peer:
         dtypes: what it takes, as in ``fap_testing.bench.problem.DTYPES``.
         directions: what it has.
         commands: the only subcommands that measure it without being asked to; empty for all.
+        compiles: whether its first call of a kind takes seconds of compiling, which other processes can do
+            beforehand for this one.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Peer:
     dtypes: ClassVar[tuple[str, ...]] = ("bf16", "fp16")
     directions: ClassVar[tuple[Direction, ...]] = ("fwd", "bwd", "both", "fwd+grad")
     commands: ClassVar[tuple[str, ...]] = ()
+    compiles: ClassVar[bool] = False
 
     @classmethod
     def variants(cls, backends: Sequence[str]) -> list[Self]:  # noqa: ARG003 - for those that have some

@@ -1,4 +1,4 @@
-"""FlashAttention-Plus itself: its kernels alone, its functions, its module. Inputs as they come."""
+"""FlashAttention-Plus as users call it: fap_api's functions, fap_nn's module. Inputs as they come."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fap_testing.bench.peers.base import EVERY_DTYPE, AutogradCalls, KernelCalls, Peer, first_of, import_error
+from fap_testing.bench.peers.fap_kernels import mask_options, packing_of, tile_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,68 +16,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fap_testing.bench.decode import Decode
-    from fap_testing.bench.peers.base import Calls, Gradients
+    from fap_testing.bench.peers.base import Calls
     from fap_testing.bench.prefill import Prefill
     from fap_testing.bench.problem import Direction, Problem, Tensors
     from fap_testing.bench.varlen import Varlen
 
-__all__ = ["FapApi", "FapKernels", "FapModule"]
-
-
-class FapKernels(Peer):
-    """fap_kernels's functions, without autograd."""
-
-    name = "fap-kernels"
-    ours = True
-    kinds: ClassVar[tuple[str, ...]] = ("prefill", "varlen", "decode")
-    distribution = "fap-kernels"
-    module = "fap_kernels"
-    install = "pip install fap-kernels"
-    dtypes = EVERY_DTYPE
-    directions = ("fwd", "bwd", "both")
-
-    def configuration(self, problem: Problem, tensors: Tensors, direction: Direction) -> str | None:
-        """Return the rows that the configuration tables hold for a dense call."""
-        return tile_sizes(problem, tensors, direction)
-
-    def prefill(self, problem: Prefill, tensors: Tensors) -> Calls:
-        """Return calls of attention_forward and attention_backward."""
-        kernels = importlib.import_module(self.module)
-        q, k, v, dout = tensors[:4]
-        options = _mask(problem)
-
-        def forward() -> tuple[Any, ...]:
-            return tuple(kernels.attention_forward(q, k, v, **options))
-
-        def backward(saved: tuple[Any, ...]) -> Gradients:
-            dq, dk, dv = kernels.attention_backward(dout, q, k, v, saved[0], saved[1], **options)
-            return dq, dk, dv
-
-        return KernelCalls(forward, backward)
-
-    def varlen(self, problem: Varlen, tensors: Tensors) -> Calls:
-        """Return calls of attention_varlen_forward and attention_varlen_backward."""
-        kernels = importlib.import_module(self.module)
-        q, k, v, dout = tensors[:4]
-        lengths = _packing(problem, tensors)
-        options = _mask(problem)
-
-        def forward() -> tuple[Any, ...]:
-            return tuple(kernels.attention_varlen_forward(q, k, v, *lengths, **options))
-
-        def backward(saved: tuple[Any, ...]) -> Gradients:
-            out, lse = saved[:2]
-            dq, dk, dv = kernels.attention_varlen_backward(dout, q, k, v, out, lse, *lengths, **options)
-            return dq, dk, dv
-
-        return KernelCalls(forward, backward)
-
-    def decode(self, problem: Decode, tensors: Tensors) -> Calls:
-        """Return calls of attention_kvcache_forward."""
-        attention = importlib.import_module(self.module).attention_kvcache_forward
-        q, k, v = tensors[:3]
-        options = {**_mask(problem), "block_table": tensors.block_table}
-        return KernelCalls(lambda: tuple(attention(q, k, v, tensors.cache_seqlens, **options)))
+__all__ = ["FapApi", "FapModule"]
 
 
 class FapApi(Peer):
@@ -94,6 +39,7 @@ class FapApi(Peer):
     install = "pip install fap-api"
     devices = ("cuda", "cpu")
     dtypes = EVERY_DTYPE
+    compiles = True
     functions: ClassVar[dict[str, str]] = {
         "prefill": "flash_attn_func",
         "varlen": "flash_attn_varlen_func",
@@ -127,7 +73,7 @@ class FapApi(Peer):
         if problem.kind != "prefill":
             return None
         tensors = tensors._replace(q=tensors.q.detach().requires_grad_(direction != "fwd"))
-        explained = importlib.import_module("fap_api").explain(*tensors[:3], **_mask(problem))
+        explained = importlib.import_module("fap_api").explain(*tensors[:3], **mask_options(problem))
         tiles = tile_sizes(problem, tensors, direction) if explained.backend == "triton" else None
         return f"{explained.backend}: {tiles}" if tiles else f"{explained.backend}"
 
@@ -141,19 +87,19 @@ class FapApi(Peer):
     def prefill(self, problem: Prefill, tensors: Tensors) -> Calls:
         """Return calls of flash_attn_func."""
         attention = importlib.import_module("fap_api").flash_attn_func
-        options = _mask(problem)
+        options = mask_options(problem)
         return AutogradCalls(lambda q, k, v: first_of(attention(q, k, v, **options)), tensors)
 
     def varlen(self, problem: Varlen, tensors: Tensors) -> Calls:
         """Return calls of flash_attn_varlen_func."""
         attention = importlib.import_module("fap_api").flash_attn_varlen_func
-        lengths, options = _packing(problem, tensors), _mask(problem)
+        lengths, options = packing_of(problem, tensors), mask_options(problem)
         return AutogradCalls(lambda q, k, v: first_of(attention(q, k, v, *lengths, **options)), tensors)
 
     def decode(self, problem: Decode, tensors: Tensors) -> Calls:
         """Return calls of flash_attn_with_kvcache."""
         attention = importlib.import_module("fap_api").flash_attn_with_kvcache
-        options = {**_mask(problem), "block_table": tensors.block_table}
+        options = {**mask_options(problem), "block_table": tensors.block_table}
         lengths = tensors.cache_seqlens
         return KernelCalls(lambda: (first_of(attention(*tensors[:3], cache_seqlens=lengths, **options)),))
 
@@ -173,7 +119,7 @@ class FapModule(FapApi):
     def prefill(self, problem: Prefill, tensors: Tensors) -> Calls:
         """Return calls of the module."""
         module = importlib.import_module("fap_nn").FlashAttention(
-            problem.nheads, problem.head_dim, **_mask(problem)
+            problem.nheads, problem.head_dim, **mask_options(problem)
         )
 
         def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -181,34 +127,3 @@ class FapModule(FapApi):
             return out
 
         return AutogradCalls(function, tensors)
-
-
-def tile_sizes(problem: Problem, tensors: Tensors, direction: Direction) -> str | None:
-    """Return which rows of fap_kernels's configuration tables a dense call on a GPU takes."""
-    if problem.kind != "prefill" or problem.device != "cuda":
-        return None
-    kernels = importlib.import_module("fap_kernels")
-    choose = importlib.import_module("fap_kernels.config").choose
-    target = importlib.import_module("fap_kernels.target").target_of(tensors.q.device)
-    backward = importlib.import_module("fap_kernels.backward.config")
-    forward = importlib.import_module("fap_kernels.forward.config").FORWARD
-    tables: dict[str, Any] = {}
-    if direction != "bwd":
-        tables["forward"] = forward
-    if direction in ("bwd", "both"):
-        tables |= {"dkdv": backward.DKDV, "dq": backward.DQ}
-    described = kernels.AttentionProblem.describe(*tensors[:3], **_mask(problem))
-    chosen = {name: choose(table, described, target) for name, table in tables.items()}
-    return ", ".join(
-        f"{name} {c.block_m}x{c.block_n} warps {c.num_warps} stages {c.num_stages}"
-        for name, c in chosen.items()
-    )
-
-
-def _mask(problem: Problem) -> dict[str, Any]:
-    return {"causal": problem.causal, "window_size": problem.window_size}
-
-
-def _packing(problem: Varlen, tensors: Tensors) -> tuple[Any, ...]:
-    longest = max(problem.lengths)
-    return tensors.cu_seqlens, tensors.cu_seqlens, longest, longest

@@ -22,6 +22,7 @@ class FlagGems(Peer):
     distribution = "flag_gems"
     module = "flag_gems.ops.attention"
     install = "pip install flag_gems"
+    compiles = True
     directions = ("fwd",)
 
     def unsupported_reasons(self, problem: Problem, direction: Direction) -> list[str]:

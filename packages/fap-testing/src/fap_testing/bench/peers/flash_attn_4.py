@@ -24,6 +24,7 @@ class FlashAttention4(Peer):
     distribution = "flash-attn-4"
     module = "flash_attn.cute"
     install = "pip install --pre flash-attn-4"
+    compiles = True
 
     def prefill(self, problem: Prefill, tensors: Tensors) -> Calls:
         """Return calls of flash_attn_func."""

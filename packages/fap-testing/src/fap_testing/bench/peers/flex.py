@@ -37,6 +37,7 @@ class FlexAttention(Peer):
     kinds = ("prefill", "varlen")
     module = "torch.nn.attention.flex_attention"
     install = "it comes with PyTorch 2.5"
+    compiles = True
     dtypes = EVERY_DTYPE
 
     def version(self) -> str | None:

@@ -13,13 +13,23 @@ PAGES = sorted(page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob(
 CANNOT_RUN = {
     "integrations/sdpa.md": not hasattr(torch.nn.attention, "register_flash_attention_impl"),
 }
+# What torchrun would set.
+ONE_PROCESS = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_examples_run(page):
+def test_the_examples_run(page, monkeypatch):
     if CANNOT_RUN.get(page):
         pytest.skip("it says what this environment lacks")
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for name, value in ONE_PROCESS.items():
+        monkeypatch.setenv(name, value)
     examples = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert examples
     exec(compile(examples, page, "exec"), {})

@@ -1,0 +1,68 @@
+"""One process of the context-parallel tests: ``context_parallel_rank.py RANK WORLD_SIZE STORE``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import fap_api
+from fap_api.integrations.context_parallel import (
+    context_parallel_attention,
+    shard_sequence,
+    unshard_sequence,
+)
+
+
+def check(mesh, method, causal, nheads_k, dtype=torch.float32):
+    """Compare output and gradients of the parts with those of the whole, which every process draws alike."""
+    torch.manual_seed(7)
+    whole = [torch.randn(2, 16, heads, 8, dtype=dtype) for heads in (4, nheads_k, nheads_k)]
+    dout = torch.randn(2, 16, 4, 8, dtype=dtype)
+    parts = [shard_sequence(x, mesh).requires_grad_() for x in whole]
+    out = context_parallel_attention(*parts, mesh=mesh, method=method, causal=causal, softmax_scale=0.4)
+    got = out, *torch.autograd.grad(out, parts, shard_sequence(dout, mesh))
+
+    whole = [x.requires_grad_() for x in whole]
+    right = fap_api.flash_attn_func(*whole, causal=causal, softmax_scale=0.4)
+    expected = right, *torch.autograd.grad(right, whole, dout)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype == dtype
+        torch.testing.assert_close(unshard_sequence(x, mesh), y.detach(), **tolerance)
+
+
+def check_refusals(mesh):
+    x = torch.randn(2, 3, 3, 8)
+    with pytest.raises(ValueError, match="method must be 'ring' or 'ulysses', got 'star'"):
+        context_parallel_attention(x, x, x, mesh=mesh, method="star")
+    with pytest.raises(ValueError, match="two chunks of equal length.*got 3 tokens"):
+        context_parallel_attention(x, x, x, mesh=mesh, causal=True)
+    with pytest.raises(ValueError, match="must have a multiple of .* heads .* got 3 and 3"):
+        context_parallel_attention(x, x, x, mesh=mesh, method="ulysses")
+    with pytest.raises(ValueError, match="parts of the same sequence, got 3, 2 and 2 tokens"):
+        context_parallel_attention(x, x[:, :2], x[:, :2], mesh=mesh)
+    with pytest.raises(ValueError, match="multiple of .* tokens .* along dim 1, got 3"):
+        shard_sequence(x, mesh)
+
+
+def main():
+    rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",))
+    for method in ("ring", "ulysses"):
+        for causal in (False, True):
+            for nheads_k in (4, 2, 1):
+                check(mesh, method, causal, nheads_k)
+        check(mesh, method, True, 2, torch.bfloat16)
+    check_refusals(mesh)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Attention over a sequence in parts, by processes that talk over gloo, against one with the whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fap_api.integrations import _ring
+
+SCRIPT = Path(__file__).with_name("context_parallel_rank.py")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_parts_give_what_the_whole_gives(world_size, tmp_path):
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                str(SCRIPT),
+                str(rank),
+                str(world_size),
+                str(tmp_path / "store"),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    failed = [text for rank, text in zip(ranks, outputs, strict=True) if rank.returncode]
+    assert not failed, "\n".join(failed)
+
+
+def test_merging_two_halves_of_the_keys_gives_attention_to_all():
+    q, k, v = torch.randn(3, 1, 6, 2, 8)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+
+    def attend(keys):
+        lse = scores[..., keys].logsumexp(-1)
+        p = (scores[..., keys] - lse[..., None]).exp()
+        return torch.einsum("bhqk,bkhd->bqhd", p, v[:, keys]), lse
+
+    (out, lse), (part, part_lse), (right, right_lse) = map(attend, (slice(4), slice(4, 6), slice(6)))
+    _ring.merge(out, lse, part, part_lse)
+    torch.testing.assert_close(out, right)
+    torch.testing.assert_close(lse, right_lse)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_causal_work_is_equal_on_every_device(world_size):
+    def pairs(rank, owner):
+        queries, keys, causal = _ring._block(rank, owner, True, 8)
+        count = (queries.stop - queries.start) * (keys.stop - keys.start)
+        return count // 2 if causal else count
+
+    steps = [
+        [pairs(rank, (rank - step) % world_size) for rank in range(world_size)] for step in range(world_size)
+    ]
+    assert all(len(set(step)) == 1 for step in steps)

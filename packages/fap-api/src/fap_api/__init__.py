@@ -4,6 +4,11 @@ from fap_api._explain import Explanation, explain, explain_with_kvcache
 from fap_api.attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from fap_api.backends.select import available_backends, use_backend
 from fap_api.kvcache import flash_attn_with_kvcache
+from fap_api.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "Explanation",
@@ -13,6 +18,9 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "use_backend",
 ]

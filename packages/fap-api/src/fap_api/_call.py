@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from fap_api import _flops, _ops
+from fap_api import _flops, _ops, _varlen_ops
 from fap_api._validate import refuse_tangents
 from fap_api.backends import select
+from fap_kernels.packing import Packing, check_length
 from fap_kernels.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Options", "attention", "describe"]
+__all__ = ["Options", "Sequences", "attention", "describe"]
 
 
 class Options(NamedTuple):
-    """The options of one dense attention call as given to :func:`fap_api.flash_attn_func`."""
+    """The options of one attention call as given to :func:`fap_api.flash_attn_func`."""
 
     dropout_p: float
     softmax_scale: float | None
@@ -30,6 +31,27 @@ class Options(NamedTuple):
     alibi_slopes: torch.Tensor | None
     deterministic: bool
     return_attn_probs: bool
+
+
+class Sequences(NamedTuple):
+    """Where packed sequences lie, as given to :func:`fap_api.flash_attn_varlen_func`."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int | torch.Tensor
+    max_seqlen_k: int | torch.Tensor
+    seqused_q: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    block_table: torch.Tensor | None
+
+    def with_integers(self) -> Sequences:
+        """Return it with ``max_seqlen_*`` as integers of at least 0; tensors of one are read."""
+        if type(self.max_seqlen_q) is type(self.max_seqlen_k) is int:
+            return self
+        return self._replace(
+            max_seqlen_q=check_length("max_seqlen_q", self.max_seqlen_q),
+            max_seqlen_k=check_length("max_seqlen_k", self.max_seqlen_k),
+        )
 
 
 class _Plan(NamedTuple):
@@ -54,11 +76,14 @@ _FLAGS = frozenset((bool,))
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run one dense attention call; results as for :func:`fap_api.flash_attn_func`."""
+    """Run one attention call, dense or over packed sequences; results as for the public functions."""
     q, k, v = _autocast(q, k, v)
-    plan = _plan(q, k, v, options)
+    operator: Any = _ops.attention_forward
+    if sequences is not None:
+        operator, sequences = _varlen_ops.attention_varlen_forward, sequences.with_integers()
+    plan = _plan(q, k, v, options, sequences)
     slopes = options.alibi_slopes
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -67,29 +92,36 @@ def attention(
         if forward_ad._current_level >= 0:
             refuse_tangents(q, k, v)
     if compiling or _needs_grad(q, k, v):
-        out, softmax_lse, rng_state = _ops.attention_forward(q, k, v, slopes, *plan)
+        out, softmax_lse, rng_state = operator(q, k, v, *(sequences or ()), slopes, *plan)
     else:
         # The operator's autograd kernel would find nothing to record, and cost 6 of 16 us of host time.
         with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse, rng_state = _ops.attention_forward(q, k, v, slopes, *plan)
+            out, softmax_lse, rng_state = operator(q, k, v, *(sequences or ()), slopes, *plan)
     if not options.return_attn_probs:
         return out  # type: ignore[no-any-return]
     if not plan.dropout_p:
         return out, softmax_lse, torch.empty(0, dtype=q.dtype, device=q.device)
     # S_dmask has no gradient, as in flash-attn.
     scale, left, right, softcap, dropout_p, _, backend = plan
-    tensors = q.detach(), k.detach(), softmax_lse.detach(), rng_state, slopes
-    s_dmask = _ops.attention_probabilities(*tensors, scale, left, right, softcap, dropout_p, backend)
-    return out, softmax_lse, s_dmask
+    tensors = q.detach(), k.detach(), softmax_lse.detach(), rng_state
+    score = slopes, scale, left, right, softcap, dropout_p, backend
+    if sequences is None:
+        return out, softmax_lse, _ops.attention_probabilities(*tensors, *score)
+    return out, softmax_lse, _varlen_ops.attention_varlen_probabilities(*tensors, *sequences, *score)
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> AttentionProblem:
+def describe(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None = None
+) -> AttentionProblem:
     """Check one call as it would run now, autocast and gradient mode included, and describe it."""
-    return _describe(*_autocast(q, k, v), options)
+    return _describe(*_autocast(q, k, v), options, sequences)
 
 
-def _describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> AttentionProblem:
+def _describe(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None
+) -> AttentionProblem:
     slopes = options.alibi_slopes
+    packing = None if sequences is None else Packing.describe(q, k, *sequences)
     problem = AttentionProblem.describe(
         q,
         k,
@@ -103,7 +135,10 @@ def _describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Option
         deterministic=options.deterministic,
         needs_grad=_needs_grad(q, k, v),
         return_attn_probs=options.return_attn_probs,
+        packing=packing,
     )
+    if problem.paged and problem.needs_grad:
+        raise RuntimeError(_varlen_ops.PAGES_HAVE_NO_GRADIENT)
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "alibi_slopes must not require a gradient, since attention computes none for them, "
@@ -112,9 +147,11 @@ def _describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Option
     return problem
 
 
-def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> _Plan:
+def _plan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None
+) -> _Plan:
     if torch.compiler.is_compiling():
-        return _new_plan(q, k, v, options)
+        return _new_plan(q, k, v, options, sequences)
     p, scale, causal, window, softcap, slopes, deterministic, return_attn_probs = options
     plain = (
         type(window) is tuple
@@ -123,34 +160,43 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
         and _FLAGS.issuperset(map(type, (causal, deterministic, return_attn_probs)))
     )
     if not plain:
-        return _new_plan(q, k, v, options)
+        return _new_plan(q, k, v, options, sequences)
     try:
         key = (
             (q.shape, q.dtype, q.device, q.layout, k.shape, k.dtype, k.device, k.layout),
             (v.shape, v.dtype, v.device, v.layout),
             (p, scale, causal, window, softcap, deterministic, return_attn_probs),
-            slopes if slopes is None else _slopes_key(slopes),
+            slopes if slopes is None else _tensor_key(slopes),
+            sequences if sequences is None else _sequences_key(sequences),
             (torch.is_grad_enabled(), q.requires_grad or k.requires_grad or v.requires_grad),
             (select.explicit_choice(), os.environ.get(select.ENVIRONMENT)),
         )
         plan = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):
         # A symbolic size, a nested tensor, which has no shape, or something that is no tensor at all.
-        return _new_plan(q, k, v, options)
+        return _new_plan(q, k, v, options, sequences)
     if plan is None:
-        plan = _new_plan(q, k, v, options)
+        plan = _new_plan(q, k, v, options, sequences)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = plan
     return plan
 
 
-def _slopes_key(slopes: torch.Tensor) -> tuple[object, ...]:
-    return slopes.shape, slopes.dtype, slopes.device, slopes.layout, slopes.requires_grad
+def _tensor_key(x: torch.Tensor) -> tuple[object, ...]:
+    return x.shape, x.dtype, x.device, x.layout, x.requires_grad
 
 
-def _new_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> _Plan:
-    problem = _describe(q, k, v, options)
+def _sequences_key(sequences: Sequences) -> tuple[object, ...]:
+    bounds_q, bounds_k, longest_q, longest_k, used_q, used_k, block_table = sequences
+    tensors = [x if x is None else _tensor_key(x) for x in (bounds_q, bounds_k, used_q, used_k, block_table)]
+    return *tensors, longest_q, longest_k, None if block_table is None else block_table.stride()
+
+
+def _new_plan(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None
+) -> _Plan:
+    problem = _describe(q, k, v, options, sequences)
     return _Plan(
         problem.softmax_scale,
         problem.window_left,

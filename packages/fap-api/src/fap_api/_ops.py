@@ -14,28 +14,34 @@ from fap_api import _flops
 from fap_api.backends.base import Score
 from fap_api.backends.registry import get_backend
 
-__all__ = ["attention_backward", "attention_forward", "attention_probabilities"]
+__all__ = [
+    "SCORE",
+    "attention_backward",
+    "attention_forward",
+    "attention_probabilities",
+    "refuse_second_derivative",
+]
 
-_SCORE = (
+SCORE = (
     "Tensor? alibi_slopes, float softmax_scale, int window_left, int window_right, float softcap,"
     " float dropout_p"
 )
 # A Library rather than torch.library.custom_op, for the lower host cost of a call.
 _LIBRARY = torch.library.Library("fap", "FRAGMENT")
 _LIBRARY.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_SCORE}, bool deterministic, str backend)"
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {SCORE}, bool deterministic, str backend)"
     " -> (Tensor out, Tensor softmax_lse, Tensor rng_state)",
     # Dropout draws from PyTorch's generator: the tag keeps compilers from merging or repeating calls.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,"
-    f" Tensor? dlse, Tensor rng_state, {_SCORE}, bool deterministic, str backend)"
+    f" Tensor? dlse, Tensor rng_state, {SCORE}, bool deterministic, str backend)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    f"attention_probabilities(Tensor q, Tensor k, Tensor softmax_lse, Tensor rng_state, {_SCORE},"
+    f"attention_probabilities(Tensor q, Tensor k, Tensor softmax_lse, Tensor rng_state, {SCORE},"
     " str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -178,7 +184,8 @@ def _differentiate(
     return (*gradients, *(None,) * 8)
 
 
-def _refuse_second_derivative(*_: Any) -> None:
+def refuse_second_derivative(*_: Any) -> None:
+    """Raise where a backward operator is differentiated."""
     raise RuntimeError(
         "attention was differentiated twice, accepted: first derivatives only "
         "(call backward or torch.autograd.grad without create_graph=True)"
@@ -186,7 +193,7 @@ def _refuse_second_derivative(*_: Any) -> None:
 
 
 torch.library.register_autograd("fap::attention_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("fap::attention_backward", _refuse_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("fap::attention_backward", refuse_second_derivative, lib=_LIBRARY)
 
 # For those who counted before this module was imported; everybody else is met in the calls.
 _flops.register()

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["refuse_tangents", "split_packed"]
+from fap_kernels.packing import check_index, check_length
+
+__all__ = ["check_one_packing", "refuse_tangents", "split_packed"]
 
 
-def split_packed(name: str, packed: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    """Return the parts of a packed tensor ``(batch, seqlen, parts, nheads, headdim)`` as views.
+def split_packed(
+    name: str, packed: torch.Tensor, parts: int, rows: str = "batch, seqlen"
+) -> tuple[torch.Tensor, ...]:
+    """Return the parts of a packed tensor ``(*rows, parts, nheads, headdim)`` as views.
+
+    Args:
+        name: what the caller knows the tensor by.
+        packed: the tensor.
+        parts: how many there must be.
+        rows: names of the dimensions before them.
 
     Raises:
         TypeError: not a tensor.
@@ -16,12 +26,26 @@ def split_packed(name: str, packed: torch.Tensor, parts: int) -> tuple[torch.Ten
     """
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
-    if packed.dim() != 5 or packed.shape[2] != parts:
+    dim = rows.count(",") + 1
+    if packed.dim() != dim + 3 or packed.shape[dim] != parts:
         raise RuntimeError(
-            f"{name} must have shape (batch, seqlen, {parts}, nheads, headdim), got {tuple(packed.shape)}"
+            f"{name} must have shape ({rows}, {parts}, nheads, headdim), got {tuple(packed.shape)}"
         )
     # unbind's backward is one stack; indexing part by part would fill a whole zero tensor for each.
-    return packed.unbind(2)
+    return packed.unbind(dim)
+
+
+def check_one_packing(qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int | torch.Tensor) -> int:
+    """Check the one set of lengths of packed self-attention by its own names; return ``max_seqlen``.
+
+    Raises:
+        RuntimeError: ``cu_seqlens`` of another shape, dtype or device.
+        ValueError, TypeError: ``max_seqlen`` is no integer of at least 0, or ``cu_seqlens`` no tensor.
+    """
+    check_index("cu_seqlens", cu_seqlens, qkv.device)
+    if cu_seqlens.shape[0] < 1:
+        raise RuntimeError("cu_seqlens must have shape (batch + 1,), got shape (0,)")
+    return check_length("max_seqlen", max_seqlen)
 
 
 def refuse_tangents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -54,8 +54,8 @@ class Packing:
         k: torch.Tensor,
         cu_seqlens_q: torch.Tensor,
         cu_seqlens_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
+        max_seqlen_q: int | torch.Tensor,
+        max_seqlen_k: int | torch.Tensor,
         seqused_q: torch.Tensor | None = None,
         seqused_k: torch.Tensor | None = None,
         block_table: torch.Tensor | None = None,
@@ -76,7 +76,7 @@ class Packing:
         if cu_seqlens_q.shape[0] < 1:
             raise RuntimeError("cu_seqlens_q must have shape (batch + 1,), got shape (0,)")
         batch = cu_seqlens_q.shape[0] - 1
-        check_index("cu_seqlens_k", cu_seqlens_k, device, batch + 1, "(batch + 1,)")
+        check_index("cu_seqlens_k", cu_seqlens_k, device, batch + 1, "cu_seqlens_q's (batch + 1,)")
         for name, seqused in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
             if seqused is not None:
                 check_index(name, seqused, device, batch, "(batch,)")

@@ -55,13 +55,18 @@ def ungrouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class ChunkedCall:
-    """The operands of one call, wide and grouped by key/value head, and its scores by tile."""
+    """The operands of one call, wide and grouped by key/value head, and its scores by tile.
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, score: Score) -> None:
+    Args:
+        first_batch: number of the first batch entry, from which dropout's mask follows.
+    """
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, score: Score, first_batch: int = 0) -> None:
         batch, self.seqlen_q, nheads, _ = q.shape
         self.seqlen_k, nheads_k = k.shape[1], k.shape[2]
         self.nheads, self.heads, self.group = nheads, batch * nheads_k, nheads // nheads_k
         self.score = score
+        self.first_stream = first_batch * nheads
         self.dtype = wide_dtype(q.dtype)
         # Scores leave the matrix product ready for softcap's tanh, or for the softmax.
         self.q_factor = score.softmax_scale / score.softcap if score.softcap else score.softmax_scale
@@ -117,7 +122,7 @@ class ChunkedCall:
 
     def keep(self, tile: Tile, rng_state: torch.Tensor) -> torch.Tensor:
         """Return dropout's keep mask of ``tile``, bool ``(heads, group, queries, keys)``."""
-        first, last = tile.heads.start * self.group, tile.heads.stop * self.group
+        first, last = (self.first_stream + head * self.group for head in (tile.heads.start, tile.heads.stop))
         heads = torch.arange(first, last, device=rng_state.device).view(-1, self.group)
         span = (tile.queries.start, tile.queries.stop), (tile.keys.start, tile.keys.stop)
         return keep_mask(rng_state, self.score.dropout_p, heads, *span)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from fap_kernels.packing import Packing
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["Backend", "NewKeys", "Places", "Score"]
@@ -127,6 +128,41 @@ class Backend(Protocol):
         score: Score,
     ) -> torch.Tensor:
         """Return ``S_dmask`` (b, h, round_up(sq, 128), round_up(sk, 128)) in q's dtype."""
+
+    def varlen_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return ``out`` (total_q, h, d), ``softmax_lse`` (h, total_q) and ``rng_state`` of packed sequences.
+
+        Rows of q that are not in use get out 0 and softmax_lse +inf.
+        """
+
+    def varlen_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        packing: Packing,
+        score: Score,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return fresh, contiguous ``dq``, ``dk``, ``dv``, 0 for rows not in use. Never called with pages."""
+
+    def varlen_probabilities(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        rng_state: torch.Tensor,
+        packing: Packing,
+        score: Score,
+    ) -> torch.Tensor:
+        """Return ``S_dmask`` (batch, h, round_up(max_seqlen_q, 128), round_up(max_seqlen_k, 128))."""
 
     def cached_forward(
         self,

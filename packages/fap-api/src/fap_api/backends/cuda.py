@@ -11,13 +11,20 @@ from fap_api.backends._support import importable, padded_head_dim, unit_last_str
 
 if TYPE_CHECKING:
     from fap_api.backends.base import NewKeys, Places, Score
+    from fap_kernels.packing import Packing
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["CudaBackend"]
 
 
+_NO_LSE_GRADIENT = (
+    "softmax_lse was differentiated on the back end 'cuda', accepted: gradients of out only "
+    "(flash-attn's gradient of softmax_lse is zero)"
+)
+
+
 class CudaBackend:
-    """Calls flash-attn 2.8: ``_flash_attn_forward`` and ``_backward``, and ``flash_attn_with_kvcache``.
+    """Calls flash-attn 2.8: its forward and backward, dense and varlen, and ``flash_attn_with_kvcache``.
 
     Where that package deviates from its documentation, the deviation is corrected here if that is exact, and
     a reason not to run otherwise.
@@ -65,7 +72,8 @@ class CudaBackend:
             reasons.append("its gradient of softmax_lse is zero, and return_attn_probs hands softmax_lse out")
         if problem.return_attn_probs and problem.dropout_p > 0.0:
             reasons.append("its S_dmask is not normalised, and return_attn_probs with dropout hands it out")
-        return reasons + (_reasons_against_cache(problem) if problem.cached else [])
+        reasons += _reasons_against_cache(problem) if problem.cached else []
+        return reasons + (_reasons_against_packing(problem) if problem.packed else [])
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
@@ -96,10 +104,7 @@ class CudaBackend:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run flash-attn's backward, which has no gradient of the LSE."""
         if dlse is not None:
-            raise RuntimeError(
-                "softmax_lse was differentiated on the back end 'cuda', accepted: gradients of out only "
-                "(flash-attn's gradient of softmax_lse is zero)"
-            )
+            raise RuntimeError(_NO_LSE_GRADIENT)
         head_dim = q.shape[3]
         shift = _alibi_shift(score, q, k)
         if shift is not None:
@@ -127,6 +132,79 @@ class CudaBackend:
         raise NotImplementedError(
             "flash-attn's S_dmask is not normalised, accepted: calls that do not ask for it"
         )
+
+    def varlen_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run flash-attn's forward over packed sequences; the LSE under causal ALiBi is shifted."""
+        head_dim = q.shape[2]
+        held = -(-head_dim // 8) * 8
+        longest_q = packing.max_seqlen_q
+        if longest_q == 1 and q.shape[1] != k.shape[-2]:
+            # With one query each it takes heads for queries; an empty sequence crashes that (its issue 1537).
+            longest_q = 2
+        out, lse, _, rng_state = _interface()._flash_attn_varlen_forward(
+            *(padded_head_dim(x, held) for x in (q, k, v)),
+            packing.cu_seqlens_q.contiguous(),
+            packing.cu_seqlens_k.contiguous(),
+            longest_q,
+            packing.max_seqlen_k,
+            *_options(score),
+            return_softmax=False,
+            block_table=packing.block_table,
+            seqused_k=None if packing.seqused_k is None else packing.seqused_k.contiguous(),
+        )
+        shift = _packed_alibi_shift(score, q, packing)
+        if shift is not None:
+            lse = lse - shift
+        return out[..., :head_dim].contiguous(), lse, rng_state if score.dropout_p else None
+
+    def varlen_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        packing: Packing,
+        score: Score,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run flash-attn's backward over packed sequences, which has no gradient of the LSE."""
+        if dlse is not None:
+            raise RuntimeError(_NO_LSE_GRADIENT)
+        head_dim = q.shape[2]
+        shift = _packed_alibi_shift(score, q, packing)
+        if shift is not None:
+            softmax_lse = softmax_lse + shift
+        held = -(-head_dim // 8) * 8
+        dout, q, k, v, out = (padded_head_dim(x, held) for x in (dout, q, k, v, out))
+        gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        _interface()._flash_attn_varlen_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            *gradients,
+            packing.cu_seqlens_q.contiguous(),
+            packing.cu_seqlens_k.contiguous(),
+            packing.max_seqlen_q,
+            packing.max_seqlen_k,
+            *_options(score),
+            deterministic=deterministic,
+            rng_state=rng_state,
+        )
+        dq, dk, dv = (dx[..., :head_dim].contiguous() for dx in gradients)
+        return dq, dk, dv
+
+    def varlen_probabilities(self, *_: object) -> NoReturn:
+        """Refuse: ``unsupported_reasons`` keeps every such call away."""
+        self.probabilities()
 
     def cached_forward(
         self,
@@ -176,6 +254,21 @@ def _reasons_against_cache(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
+def _reasons_against_packing(problem: AttentionProblem) -> list[str]:
+    reasons = []
+    if problem.seqused_q:
+        reasons.append("it has no seqused_q")
+    if problem.seqused_k and problem.needs_grad:
+        reasons.append("its backward has no seqused_k, and q, k or v requires a gradient")
+    if problem.paged and problem.page_size % 256 != 0:
+        reasons.append(f"it needs a page size divisible by 256, got {problem.page_size}")
+    if problem.paged and problem.head_dim % 8 != 0:
+        reasons.append(f"over pages it needs a head dimension divisible by 8, got {problem.head_dim}")
+    if problem.paged and problem.dropout_p > 0.0:
+        reasons.append(f"its kernels for pages leave dropout out, got dropout_p {problem.dropout_p}")
+    return reasons
+
+
 def _interface() -> Any:
     return importlib.import_module("flash_attn.flash_attn_interface")
 
@@ -201,8 +294,26 @@ def _alibi_shift(score: Score, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor
     The true bias of a visible key is ``-slope * (i + seqlen_k - seqlen_q - j)``.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    causal = score.window_right == 0 and (score.window_left < 0 or score.window_left >= seqlen_k)
-    if score.alibi_slopes is None or not causal:
+    if score.alibi_slopes is None or not _takes_for_causal(score, seqlen_k):
         return None
     diagonal = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device, dtype=torch.float32)
     return score.alibi_slopes.expand(q.shape[0], q.shape[2])[..., None] * diagonal
+
+
+def _packed_alibi_shift(score: Score, q: torch.Tensor, packing: Packing) -> torch.Tensor | None:
+    """Return the same for packed sequences, ``(nheads, total_q)``, without a look at the lengths."""
+    if score.alibi_slopes is None or not _takes_for_causal(score, packing.max_seqlen_k):
+        return None
+    row = torch.arange(len(q), device=q.device, dtype=torch.int32)
+    starts, ends = packing.cu_seqlens_q[:-1], packing.cu_seqlens_q[1:].contiguous()
+    # Rows behind the last sequence count as its own.
+    sequence = torch.searchsorted(ends, row, right=True).clamp(max=packing.batch - 1)
+    used = packing.seqused_k
+    seqlens_k = packing.cu_seqlens_k.diff() if used is None else used
+    first = starts - (seqlens_k - packing.cu_seqlens_q.diff())
+    diagonal = (row - first[sequence]).to(torch.float32)
+    return score.alibi_slopes.expand(packing.batch, q.shape[1])[sequence].t() * diagonal
+
+
+def _takes_for_causal(score: Score, seqlen_k: int) -> bool:
+    return score.window_right == 0 and (score.window_left < 0 or score.window_left >= seqlen_k)

@@ -50,6 +50,8 @@ class FlagGemsBackend:
         """Return what FlagGems lacks for ``problem``."""
         seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
         reasons = []
+        if problem.packed:
+            reasons.append("it is used for dense calls, and this one is over packed sequences (cu_seqlens)")
         if problem.cached:
             reasons.append("it is used for dense calls, and this one is over a KV cache")
         if problem.device.type in ("cpu", "meta"):
@@ -121,6 +123,21 @@ class FlagGemsBackend:
         raise NotImplementedError("FlagGems has no backward, accepted: calls that need no gradient")
 
     def probabilities(self, *_: object) -> NoReturn:
+        """Refuse: ``unsupported_reasons`` keeps every call with dropout away."""
+        raise NotImplementedError("FlagGems gives no probabilities, accepted: calls without dropout")
+
+    def varlen_forward(self, *_: object) -> NoReturn:
+        """Refuse: ``unsupported_reasons`` keeps every call over packed sequences away.
+
+        FlagGems has a function for them, with another order of arguments. It has not been held to the oracle.
+        """
+        raise NotImplementedError("FlagGems is used for dense calls, accepted: calls without cu_seqlens")
+
+    def varlen_backward(self, *_: object) -> NoReturn:
+        """Refuse: ``unsupported_reasons`` keeps every call that needs a gradient away."""
+        raise NotImplementedError("FlagGems has no backward, accepted: calls that need no gradient")
+
+    def varlen_probabilities(self, *_: object) -> NoReturn:
         """Refuse: ``unsupported_reasons`` keeps every call with dropout away."""
         raise NotImplementedError("FlagGems gives no probabilities, accepted: calls without dropout")
 

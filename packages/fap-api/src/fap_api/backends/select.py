@@ -138,8 +138,12 @@ def _require(name: str, chosen_by: str, problem: AttentionProblem) -> None:
     if reasons:
         raise RuntimeError(
             f"the back end {name!r} was chosen by {chosen_by} and cannot run this call: "
-            f"{'; '.join(reasons)}. fap_api.explain(q, k, v, ...) tells which back ends can."
+            f"{'; '.join(reasons)}. {_how_to_ask(problem)} tells which back ends can."
         )
+
+
+def _how_to_ask(problem: AttentionProblem) -> str:
+    return "fap_api.explain_varlen(...)" if problem.packed else "fap_api.explain(q, k, v, ...)"
 
 
 def _first_reasons_against(name: str, problem: AttentionProblem) -> list[str]:

@@ -9,11 +9,13 @@ import torch
 from fap_api.backends._chunks import ChunkedCall, Tile, grouped, ungrouped, wide_dtype
 from fap_api.backends._dropout import draw_rng_state
 from fap_api.backends._torch_kvcache import CachedCall, append, every_row, known_to_the_host, sequences
+from fap_api.backends._torch_varlen import Sequence, packed_sequences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fap_api.backends.base import NewKeys, Places, Score
+    from fap_kernels.packing import Packing
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["TorchBackend"]
@@ -66,19 +68,7 @@ class TorchBackend:
         """Return ``dq``, ``dk`` and ``dv``."""
         with _no_autocast(dout):
             call = ChunkedCall(q, k, score)
-            value, dout = grouped(v, v.shape[2], call.dtype)[:, 0], grouped(dout, k.shape[2], call.dtype)
-            lse = softmax_lse.reshape(call.q.shape[:3])
-            delta = (dout * grouped(out, k.shape[2], call.dtype)).sum(dim=-1)
-            if dlse is not None:
-                delta -= dlse.reshape(delta.shape)
-            # A row without keys has no gradient, whatever dlse says.
-            delta.masked_fill_(lse == torch.inf, 0.0)
-
-            dq, dk, dv = (torch.zeros_like(x) for x in (call.q, call.k, value))
-            for heads, queries in call.row_blocks():
-                for tile in call.tiles(heads, queries):
-                    _backward_tile(call, tile, value, dout, lse, delta, rng_state, (dq, dk, dv))
-            return ungrouped(dq.mul_(call.q_factor), q), ungrouped(dk, k), ungrouped(dv, v)
+            return _backward_call(call, dout, q, k, v, out, softmax_lse, dlse, rng_state)
 
     def probabilities(
         self,
@@ -90,18 +80,73 @@ class TorchBackend:
     ) -> torch.Tensor:
         """Return ``S_dmask``: the probabilities before dropout, negative where dropped."""
         with _no_autocast(q):
-            call = ChunkedCall(q, k, score)
-            lse = softmax_lse.reshape(call.q.shape[:3])
-            padded = (-(-seqlen // 128) * 128 for seqlen in (call.seqlen_q, call.seqlen_k))
-            result = q.new_zeros((call.heads, call.group, *padded))
-            for heads, queries in call.row_blocks():
-                for tile in call.tiles(heads, queries):
-                    scores, _ = call.scores(tile)
-                    hidden = scores == -torch.inf
-                    p = scores.sub_(lse[heads, :, queries, None]).exp_()
-                    signed = torch.where(call.keep(tile, rng_state) | hidden, p, -p)
-                    result[heads, :, queries, tile.keys] = signed.to(q.dtype)
-            return result.view(q.shape[0], q.shape[2], *result.shape[2:])
+            result = q.new_zeros((q.shape[0], q.shape[2], *map(_padded, (q.shape[1], k.shape[1]))))
+            _write_probabilities(ChunkedCall(q, k, score), softmax_lse, rng_state, result)
+            return result
+
+    def varlen_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Attend sequence by sequence. The lengths are read, so a device is waited for."""
+        with _no_autocast(q):
+            rng_state = draw_rng_state(q.device) if score.dropout_p else None
+            out = q.new_zeros(q.shape)
+            lse = torch.full((q.shape[1], len(q)), torch.inf, dtype=wide_dtype(q.dtype), device=q.device)
+            for one in packed_sequences(q, k, packing):
+                rows, own_q = one.queries, q[None, one.queries]
+                call = _call_of(one, own_q, one.own_keys(k), score)
+                value = grouped(one.own_keys(v), v.shape[-2], call.dtype)[:, 0]
+                own_out, own_lse = _forward_call(call, own_q, value, rng_state)
+                out[rows], lse[:, rows] = own_out[0], own_lse[0]
+            return out, lse, rng_state
+
+    def varlen_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        packing: Packing,
+        score: Score,
+        deterministic: bool,  # noqa: ARG002 - every run is bitwise equal as it is
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return ``dq``, ``dk`` and ``dv``, sequence by sequence."""
+        with _no_autocast(dout):
+            dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+            for one in packed_sequences(q, k, packing):
+                rows, keys = one.queries, one.keys
+                own = q[None, rows], k[None, keys], v[None, keys]
+                own_dlse = None if dlse is None else dlse[None, :, rows]
+                gradients = _backward_call(
+                    _call_of(one, own[0], own[1], score),
+                    *(dout[None, rows], *own, out[None, rows]),
+                    *(softmax_lse[None, :, rows], own_dlse, rng_state),
+                )
+                dq[rows], dk[keys], dv[keys] = (x[0] for x in gradients)
+            return dq, dk, dv
+
+    def varlen_probabilities(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        rng_state: torch.Tensor,
+        packing: Packing,
+        score: Score,
+    ) -> torch.Tensor:
+        """Return ``S_dmask``, each sequence's probabilities in its upper left corner."""
+        with _no_autocast(q):
+            longest = map(_padded, (packing.max_seqlen_q, packing.max_seqlen_k))
+            result = q.new_zeros((packing.batch, q.shape[1], *longest))
+            for one in packed_sequences(q, k, packing):
+                call = _call_of(one, q[None, one.queries], one.own_keys(k), score)
+                own_lse, own = softmax_lse[None, :, one.queries], result[one.number : one.number + 1]
+                _write_probabilities(call, own_lse, rng_state, own)
+            return result
 
     def cached_forward(
         self,
@@ -149,6 +194,30 @@ def _no_autocast(x: torch.Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def _call_of(one: Sequence, q: torch.Tensor, k: torch.Tensor, score: Score) -> ChunkedCall:
+    return ChunkedCall(q, k, score._replace(alibi_slopes=one.own_slopes(score.alibi_slopes)), one.number)
+
+
+def _padded(seqlen: int) -> int:
+    """Round up to the multiple of 128 that S_dmask's sides have in flash-attn."""
+    return -(-seqlen // 128) * 128
+
+
+def _write_probabilities(
+    call: ChunkedCall, softmax_lse: torch.Tensor, rng_state: torch.Tensor, result: torch.Tensor
+) -> None:
+    """Write a call's signed probabilities to ``result``, ``(batch, nheads, padded, padded)`` and zero."""
+    lse = softmax_lse.reshape(call.q.shape[:3])
+    of_groups = result.view(call.heads, call.group, *result.shape[2:])
+    for heads, queries in call.row_blocks():
+        for tile in call.tiles(heads, queries):
+            scores, _ = call.scores(tile)
+            hidden = scores == -torch.inf
+            p = scores.sub_(lse[heads, :, queries, None]).exp_()
+            signed = torch.where(call.keep(tile, rng_state) | hidden, p, -p)
+            of_groups[heads, :, queries, tile.keys] = signed.to(result.dtype)
+
+
 def _forward_call(
     call: ChunkedCall, q: torch.Tensor, value: torch.Tensor, rng_state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +255,33 @@ def _forward_rows(
     scale = (1.0 / (1.0 - call.score.dropout_p)) / row_sum.masked_fill(empty, 1.0)
     lse = (row_max + row_sum.log()).masked_fill_(empty, torch.inf)
     return out * scale[..., None], lse
+
+
+def _backward_call(
+    call: ChunkedCall,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    rng_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``dq``, ``dk`` and ``dv`` of a chunked call."""
+    value, dout = grouped(v, v.shape[2], call.dtype)[:, 0], grouped(dout, k.shape[2], call.dtype)
+    lse = softmax_lse.reshape(call.q.shape[:3])
+    delta = (dout * grouped(out, k.shape[2], call.dtype)).sum(dim=-1)
+    if dlse is not None:
+        delta -= dlse.reshape(delta.shape)
+    # A row without keys has no gradient, whatever dlse says.
+    delta.masked_fill_(lse == torch.inf, 0.0)
+
+    dq, dk, dv = (torch.zeros_like(x) for x in (call.q, call.k, value))
+    for heads, queries in call.row_blocks():
+        for tile in call.tiles(heads, queries):
+            _backward_tile(call, tile, value, dout, lse, delta, rng_state, (dq, dk, dv))
+    return ungrouped(dq.mul_(call.q_factor), q), ungrouped(dk, k), ungrouped(dv, v)
 
 
 def _backward_tile(

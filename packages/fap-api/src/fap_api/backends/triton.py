@@ -11,6 +11,7 @@ from fap_api.backends._support import constant_in_graphs, importable
 
 if TYPE_CHECKING:
     from fap_api.backends.base import NewKeys, Places, Score
+    from fap_kernels.packing import Packing
     from fap_kernels.problem import AttentionProblem
 
 __all__ = ["TritonBackend"]
@@ -109,6 +110,104 @@ class TritonBackend:
             q,
             k,
             softmax_lse,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            dropout_p=score.dropout_p,
+            rng_state=rng_state,
+        )
+
+    def varlen_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run the forward kernel over all sequences at once."""
+        from fap_kernels import attention_varlen_forward
+
+        return attention_varlen_forward(
+            q,
+            k,
+            v,
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_k,
+            packing.max_seqlen_q,
+            packing.max_seqlen_k,
+            seqused_q=packing.seqused_q,
+            seqused_k=packing.seqused_k,
+            block_table=packing.block_table,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            dropout_p=score.dropout_p,
+        )
+
+    def varlen_backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        dlse: torch.Tensor | None,
+        rng_state: torch.Tensor | None,
+        packing: Packing,
+        score: Score,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run the backward kernels over all sequences at once."""
+        from fap_kernels import attention_varlen_backward
+
+        return attention_varlen_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_k,
+            packing.max_seqlen_q,
+            packing.max_seqlen_k,
+            dlse=dlse,
+            seqused_q=packing.seqused_q,
+            seqused_k=packing.seqused_k,
+            softmax_scale=score.softmax_scale,
+            causal=score.window_right == 0,
+            window_size=(score.window_left, score.window_right),
+            softcap=score.softcap,
+            alibi_slopes=score.alibi_slopes,
+            dropout_p=score.dropout_p,
+            rng_state=rng_state,
+            deterministic=deterministic,
+        )
+
+    def varlen_probabilities(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        softmax_lse: torch.Tensor,
+        rng_state: torch.Tensor,
+        packing: Packing,
+        score: Score,
+    ) -> torch.Tensor:
+        """Run the kernel that writes the probabilities out."""
+        from fap_kernels import attention_varlen_probabilities
+
+        return attention_varlen_probabilities(
+            q,
+            k,
+            softmax_lse,
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_k,
+            packing.max_seqlen_q,
+            packing.max_seqlen_k,
+            seqused_q=packing.seqused_q,
+            seqused_k=packing.seqused_k,
+            block_table=packing.block_table,
             softmax_scale=score.softmax_scale,
             causal=score.window_right == 0,
             window_size=(score.window_left, score.window_right),

@@ -1,6 +1,6 @@
 """Exact attention behind the flash-attn functions: autograd, torch.compile and exchangeable back ends."""
 
-from fap_api._explain import Explanation, explain, explain_with_kvcache
+from fap_api._explain import Explanation, explain, explain_varlen, explain_with_kvcache
 from fap_api.attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from fap_api.backends.select import available_backends, use_backend
 from fap_api.kvcache import flash_attn_with_kvcache
@@ -14,6 +14,7 @@ __all__ = [
     "Explanation",
     "available_backends",
     "explain",
+    "explain_varlen",
     "explain_with_kvcache",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

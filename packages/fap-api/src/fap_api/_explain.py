@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fap_api._call import Options, describe
+from fap_api._call import Options, Sequences, describe
 from fap_api._kvcache_call import KVCacheOptions, KVCacheTensors, describe_with_kvcache
 from fap_api.backends import select
 from fap_api.backends.registry import BACKENDS
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fap_kernels.problem import AttentionProblem
 
-__all__ = ["Explanation", "explain", "explain_with_kvcache"]
+__all__ = ["Explanation", "explain", "explain_varlen", "explain_with_kvcache"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,41 @@ def explain(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
     return _explain(describe(q, k, v, options))
+
+
+def explain_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | torch.Tensor,
+    max_seqlen_k: int | torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | torch.Tensor = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+    *,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+) -> Explanation:
+    """Tell, without running it, which back end a call over packed sequences would take and why no other.
+
+    Arguments and errors as for :func:`fap_api.flash_attn_varlen_func`; the values of ``cu_seqlens_*``,
+    ``seqused_*`` and ``block_table`` are not looked at.
+    """
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+    sequences = Sequences(
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
+    )
+    return _explain(describe(q, k, v, options, sequences))
 
 
 def explain_with_kvcache(

@@ -143,6 +143,8 @@ def _require(name: str, chosen_by: str, problem: AttentionProblem) -> None:
 
 
 def _how_to_ask(problem: AttentionProblem) -> str:
+    if problem.cached:
+        return "fap_api.explain_with_kvcache(...)"
     return "fap_api.explain_varlen(...)" if problem.packed else "fap_api.explain(q, k, v, ...)"
 
 

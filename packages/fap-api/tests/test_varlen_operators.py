@@ -1,0 +1,137 @@
+"""What PyTorch needs of packed sequences: schemas, fakes, autograd, compile, autocast, FLOPs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fap_api
+
+OPERATORS = torch.ops.fap
+SCORE = (0.3, 5, 0, 2.0)  # softmax_scale, window_left, window_right, softcap
+each_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+LENGTHS = ((5, 0, 9), (7, 3, 4))
+
+
+def bounds(lengths, device="cpu"):
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def draw(lengths=LENGTHS, heads=(4, 2), dtype=torch.float32, device="cpu", requires_grad=True):
+    q = torch.randn(sum(lengths[0]), heads[0], 8, dtype=dtype, device=device)
+    k, v = (torch.randn(sum(lengths[1]), heads[1], 8, dtype=dtype, device=device) for _ in range(2))
+    return tuple(x.requires_grad_(requires_grad) for x in (q, k, v))
+
+
+def places(lengths=LENGTHS, device="cpu"):
+    return *(bounds(x, device) for x in lengths), *(max(x) for x in lengths)
+
+
+def check_operators(dropout_p, backend, device, dtype):
+    q, k, v = draw(dtype=dtype, device=device)
+    used = torch.tensor([4, 0, 9], dtype=torch.int32, device=device)
+    where = (*places(device=device), used, None)
+    options = (torch.rand(4, device=device), *SCORE, dropout_p)
+    opcheck(OPERATORS.attention_varlen_forward.default, (q, k, v, *where, None, *options, False, backend))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse, rng_state = OPERATORS.attention_varlen_forward(q, k, v, *where, None, *options, False, backend)
+    strided = torch.randn_like(out).transpose(0, 1).contiguous().transpose(0, 1)
+    for dlse in (None, torch.randn_like(lse)):
+        arguments = (strided, q, k, v, out, lse, dlse, rng_state, *where, *options, True, backend)
+        opcheck(OPERATORS.attention_varlen_backward.default, arguments)
+    if dropout_p:
+        tensors = (q, k, lse, rng_state)
+        opcheck(OPERATORS.attention_varlen_probabilities.default, (*tensors, *where, None, *options, backend))
+
+
+# From torch 2.15 on, opcheck itself looks at the .grad of tensors that are no leaves.
+opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@opcheck_warns
+@each_dropout
+def test_opcheck(dropout_p):
+    check_operators(dropout_p, "torch", "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@opcheck_warns
+@each_dropout
+def test_opcheck_on_gpu(dropout_p):
+    check_operators(dropout_p, "triton", "cuda", torch.float16)
+
+
+def training_loss(q, k, v, slopes, *where):
+    out, lse, _ = fap_api.flash_attn_varlen_func(
+        q, k, v, *where, causal=True, window_size=(5, -1), softcap=2.0, alibi_slopes=slopes,
+        return_attn_probs=True,
+    )  # fmt: skip
+    return (out.float() ** 2).sum() + lse.sin().sum()
+
+
+def check_compiled(compiled, device="cpu", dtype=torch.float32):
+    slopes = torch.rand(4, device=device)
+    for step in range(5):
+        lengths = ((9 + step, 3, 17 * step + 1), (12 + 2 * step, 5, 20 * step + 1))
+        q, k, v = draw(lengths, device=device, dtype=dtype)
+        where = places(lengths, device)
+        got = torch.autograd.grad(compiled(q, k, v, slopes, *where), (q, k, v))
+        expected = torch.autograd.grad(training_loss(q, k, v, slopes, *where), (q, k, v))
+        for dx, right in zip(got, expected, strict=True):
+            torch.testing.assert_close(dx, right)
+
+
+@pytest.fixture
+def compile_counter():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("default")
+class TestCompile:
+    def test_whole_graph_forward_and_backward_with_two_graphs_for_all_lengths(self, compile_counter):
+        check_compiled(torch.compile(training_loss, fullgraph=True, backend="aot_eager"))
+        assert compile_counter["unique_graphs"] == 2
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+    def test_inductor(self, compile_counter):
+        check_compiled(torch.compile(training_loss, fullgraph=True, dynamic=True))
+
+    def test_packed_forms_dropout_and_autocast(self, compile_counter):
+        def attention(qkv, bounds, longest):
+            with torch.autocast("cpu", torch.bfloat16):
+                return fap_api.flash_attn_varlen_qkvpacked_func(
+                    qkv, bounds, longest, 0.4, causal=True, return_attn_probs=True
+                )
+
+        qkv = torch.randn(14, 3, 2, 8, requires_grad=True)
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (compiled, attention):
+            torch.manual_seed(3)
+            out, _, s_dmask = function(qkv, bounds((5, 9)), 9)
+            assert out.dtype == torch.bfloat16
+            results.append((s_dmask, torch.autograd.grad(out.sum(), qkv)[0]))
+        for mine, right in zip(*results, strict=True):
+            assert torch.equal(mine, right)
+
+    def test_pages(self, compile_counter):
+        q, table = torch.randn(14, 2, 8), torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+        pages = torch.randn(4, 16, 2, 8)
+        where = (bounds((5, 9)), bounds((20, 32)), 9, 32)
+
+        def attention(q, pages, *where):
+            return fap_api.flash_attn_varlen_func(q, pages, pages, *where, causal=True, block_table=table)
+
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(q, pages, *where), attention(q, pages, *where))
+
+    @pytest.mark.gpu
+    def test_on_gpu(self, compile_counter):
+        check_compiled(torch.compile(training_loss, fullgraph=True, dynamic=True), "cuda", torch.float16)

@@ -6,24 +6,28 @@ is recorded here, and autocast changes nothing: such callers have cast before.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fap_api import _ops
+from fap_api import _ops, _varlen_ops
 from fap_api.backends import select
+from fap_kernels.packing import Packing
 from fap_kernels.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["backward_pass", "forward_pass"]
+    from fap_api._call import Sequences
+
+__all__ = ["backward_pass", "forward_pass", "probabilities_pass"]
 
 
 def forward_pass(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sequences: Sequences | None = None,
     *,
     needs_grad: bool,
     dropout_p: float = 0.0,
@@ -33,19 +37,20 @@ def forward_pass(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run one dense forward pass; tensors and options as for :func:`fap_api.flash_attn_func`.
+    """Run one forward pass; tensors and options as for :func:`fap_api.flash_attn_func`.
 
     Args:
+        sequences: where packed sequences lie, with tensors and results as for
+            :func:`fap_api.flash_attn_varlen_func`.
         needs_grad: :func:`backward_pass` may follow, so the back end must have one.
 
     Returns:
-        ``out`` (b, sq, h, d), ``softmax_lse`` float32 (b, h, sq), and ``rng_state``, int64[2] with dropout
-        and empty without.
+        ``out`` like q, ``softmax_lse`` float32 (b, h, sq) or (h, total_q), and ``rng_state``, int64[2] with
+        dropout and empty without.
     """
-    problem = AttentionProblem.describe(
-        q,
-        k,
-        v,
+    problem, sequences = _describe(
+        (q, k, v),
+        sequences,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
@@ -54,10 +59,12 @@ def forward_pass(
         dropout_p=dropout_p,
         needs_grad=needs_grad,
     )
+    if problem.paged and needs_grad:
+        raise RuntimeError(_varlen_ops.PAGES_HAVE_NO_GRADIENT)
+    operator: Any = _ops.attention_forward if sequences is None else _varlen_ops.attention_varlen_forward
+    score, backend = (alibi_slopes, *_score(problem)), select.choose(problem)
     with torch._C._AutoDispatchBelowAutograd():
-        out, softmax_lse, rng_state = _ops.attention_forward(
-            q, k, v, alibi_slopes, *_score(problem), False, select.choose(problem)
-        )
+        out, softmax_lse, rng_state = operator(q, k, v, *(sequences or ()), *score, False, backend)
     return out, softmax_lse, rng_state
 
 
@@ -69,6 +76,7 @@ def backward_pass(
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
     rng_state: torch.Tensor,
+    sequences: Sequences | None = None,
     *,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
@@ -85,10 +93,9 @@ def backward_pass(
     Returns:
         ``dq``, ``dk`` and ``dv``, contiguous, like q, k and v.
     """
-    problem = AttentionProblem.describe(
-        q,
-        k,
-        v,
+    problem, sequences = _describe(
+        (q, k, v),
+        sequences,
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
@@ -98,11 +105,63 @@ def backward_pass(
         deterministic=deterministic,
         needs_grad=True,
     )
-    backend = select.choose(problem)
-    saved = q, k, v, out, softmax_lse, None, rng_state, alibi_slopes
+    if problem.paged:
+        raise RuntimeError(_varlen_ops.PAGES_HAVE_NO_GRADIENT)
+    operator: Any = _ops.attention_backward if sequences is None else _varlen_ops.attention_varlen_backward
+    saved = q, k, v, out, softmax_lse, None, rng_state
+    # All but the table of pages, which have no gradient.
+    places = () if sequences is None else sequences[:-1]
+    score, backend = (alibi_slopes, *_score(problem)), select.choose(problem)
     with torch._C._AutoDispatchBelowAutograd():
-        dq, dk, dv = _ops.attention_backward(dout, *saved, *_score(problem), problem.deterministic, backend)
+        dq, dk, dv = operator(dout, *saved, *places, *score, problem.deterministic, backend)
     return dq, dk, dv
+
+
+def probabilities_pass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    rng_state: torch.Tensor,
+    sequences: Sequences | None = None,
+    *,
+    dropout_p: float,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the ``S_dmask`` of :func:`forward_pass`, whose inputs, results and options it takes."""
+    problem, sequences = _describe(
+        (q, k, k),
+        sequences,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        return_attn_probs=True,
+    )
+    operator: Any = (
+        _ops.attention_probabilities if sequences is None else _varlen_ops.attention_varlen_probabilities
+    )
+    score, backend = (alibi_slopes, *_score(problem)), select.choose(problem)
+    with torch._C._AutoDispatchBelowAutograd():
+        s_dmask: torch.Tensor = operator(q, k, softmax_lse, rng_state, *(sequences or ()), *score, backend)
+    return s_dmask
+
+
+def _describe(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sequences: Sequences | None, **options: Any
+) -> tuple[AttentionProblem, Sequences | None]:
+    """Check one call, and return ``sequences`` with integers for ``max_seqlen_*``."""
+    if sequences is None:
+        return AttentionProblem.describe(*qkv, **options), None
+    sequences = sequences.with_integers()
+    q, k, v = qkv
+    packing = Packing.describe(q, k, *sequences)
+    return AttentionProblem.describe(q, k, v, packing=packing, **options), sequences
 
 
 def _score(problem: AttentionProblem) -> tuple[float, int, int, float, float]:

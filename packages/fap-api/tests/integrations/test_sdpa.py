@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,9 +181,81 @@ def test_what_is_not_known_is_refused():
         sdpa._flash_attention_forward(*arguments, True)
     with pytest.raises(RuntimeError, match=r"sink must be None on FAP's kernels, got a tensor \(4,\)"):
         sdpa._flash_attention_forward(*arguments, False, sink=torch.ones(4))
-    with pytest.raises(RuntimeError, match=r"cum_seq_q must be None on FAP's kernels, got a tensor \(3,\)"):
-        sdpa._flash_attention_forward(q, k, v, torch.arange(3), None, *arguments[5:], False)
-    assert sdpa._flash_attention_forward(*arguments, False, sink=None)[0].shape == q.shape
+    with pytest.raises(RuntimeError, match="num_splits must be None on FAP's kernels, got 4"):
+        sdpa._flash_attention_forward(*arguments, False, num_splits=4)
+    with pytest.raises(RuntimeError, match="seqused_k must be None on FAP's kernels"):
+        sdpa._flash_attention_forward(*arguments, False, seqused_k=torch.ones(2))
+    with pytest.raises(RuntimeError, match="cum_seq_k must be given beside cum_seq_q"):
+        sdpa._flash_attention_forward(q[0], k[0], v[0], torch.arange(3), None, *arguments[5:], False)
+    assert sdpa._flash_attention_forward(*arguments, False, num_splits=1, sink=None)[0].shape == q.shape
+
+
+BOUNDS_Q, BOUNDS_K = (
+    torch.tensor([0, 3, 3, 8], dtype=torch.int32),
+    torch.tensor([0, 4, 6, 11], dtype=torch.int32),
+)
+
+
+def draw_packed():
+    return [torch.randn(total, heads, 8).requires_grad_() for total, heads in ((8, 4), (11, 2), (11, 2))]
+
+
+def attend_one_by_one(q, k, v, **options):
+    """Attend within each packed sequence, causal aligned bottom-right."""
+    outs = []
+    for b in range(3):
+        rows, columns = slice(*BOUNDS_Q[b : b + 2].tolist()), slice(*BOUNDS_K[b : b + 2].tolist())
+        qkv = [x.transpose(0, 1)[None] for x in (q[rows], k[columns], v[columns])]
+        seqlen_q, seqlen_k = qkv[0].shape[2], qkv[1].shape[2]
+        mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(seqlen_k - seqlen_q)
+        outs.append(math(*qkv, attn_mask=mask, **options)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def test_packed_operator_forward_and_backward(on_cpu, monkeypatch):
+    ran = []
+    for name in ("varlen_forward", "varlen_backward"):
+        method = getattr(TorchBackend, name)
+
+        def spy(self, *arguments, _method=method, _name=name):
+            ran.append(_name)
+            return _method(self, *arguments)
+
+        monkeypatch.setattr(TorchBackend, name, spy)
+    tensors = draw_packed()
+    out, lse, *_ = ATEN._flash_attention_forward(
+        *tensors, BOUNDS_Q, BOUNDS_K, 5, 5, 0.0, True, False, scale=0.3
+    )
+    assert (lse.shape, lse.dtype) == ((4, 8), torch.float32)
+    expected = attend_one_by_one(*tensors, scale=0.3)
+    torch.testing.assert_close(out, expected)
+    assert_same_gradients(out, expected, tensors)
+    assert ran == ["varlen_forward", "varlen_backward"]
+
+
+def test_varlen_attn(on_cpu):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("an earlier form of varlen_attn")
+    q, k, v = draw_packed()
+    out = varlen.varlen_attn(q, k, v, BOUNDS_Q, BOUNDS_K, 5, 5, window_size=(-1, 0), enable_gqa=True)
+    expected = attend_one_by_one(q, k, v)
+    torch.testing.assert_close(out, expected)
+    assert_same_gradients(out, expected, (q, k, v))
+
+
+def test_keys_in_pages_and_in_use(on_cpu):
+    q, k, v = (x.detach() for x in draw_packed())
+    pages = torch.zeros(2, 5, 16, 2, 8)
+    table = torch.tensor([[3], [0], [2]], dtype=torch.int32)
+    used = BOUNDS_K.diff()
+    for b, length in enumerate(used.tolist()):
+        for side, x in zip(pages, (k, v), strict=True):
+            side[table[b, 0], :length] = x[BOUNDS_K[b] : BOUNDS_K[b + 1]]
+    got = ATEN._flash_attention_forward(
+        q, *pages, BOUNDS_Q, None, 5, 16, 0.0, True, False, seqused_k=used, block_table=table
+    )[0]
+    torch.testing.assert_close(got, attend_one_by_one(q, k, v))
 
 
 def cuda_kernels():

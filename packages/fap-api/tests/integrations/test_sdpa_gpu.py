@@ -113,6 +113,43 @@ def test_dropout_repeats_its_mask_in_the_backward(calls):
     assert calls == ["forward", "forward", "backward"]
 
 
+def test_varlen_attn(calls):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    bounds = torch.tensor([0, 100, 100, 300], dtype=torch.int32, device="cuda")
+    q, k, v = (
+        torch.randn(300, 8, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)
+    )
+    out = varlen.varlen_attn(q, k, v, bounds, bounds, 200, 200)
+    right = torch.cat(
+        [
+            math(*(x[rows].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+            for rows in (slice(100), slice(100, 300))
+        ]
+    )
+    assert_close(out, right)
+    dout = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    for dx, expected in zip(gradients, torch.autograd.grad(right, (q, k, v), dout.float()), strict=True):
+        assert_close(dx, expected)
+    assert calls == ["varlen_forward", "varlen_backward"]
+
+
+def test_jagged_nested_tensors(calls):
+    parts = [
+        [torch.randn(length, 256, dtype=torch.bfloat16, device="cuda") for length in (50, 120)]
+        for _ in range(3)
+    ]
+    q, k, v = (
+        torch.nested.nested_tensor(x, layout=torch.jagged).unflatten(-1, (4, 64)).transpose(1, 2)
+        for x in parts
+    )
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v)
+    for got, *qkv in zip(out.transpose(1, 2).unbind(), *parts, strict=True):
+        assert_close(got.transpose(0, 1), math(*(x.unflatten(-1, (4, 64)).transpose(0, 1) for x in qkv)))
+    assert calls == ["varlen_forward"]
+
+
 def test_multihead_attention(calls):
     module = nn.MultiheadAttention(256, 4, batch_first=True, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(2, 100, 256, device="cuda", dtype=torch.bfloat16)

@@ -7,7 +7,8 @@
     activate_flash_attention_impl("FAP")   # CUDA and ROCm tensors, until restore_flash_attention_impl()
 
 From then on the calls of ``F.scaled_dot_product_attention``, and so of ``nn.MultiheadAttention``, that
-PyTorch would run on its built-in FlashAttention run here. Which calls those are it decides as before;
+PyTorch would run on its built-in FlashAttention run here, and with them ``torch.nn.attention.varlen`` and
+jagged nested tensors. Which calls of the first those are it decides as before;
 ``torch.nn.attention.sdpa_kernel(SDPBackend.FLASH_ATTENTION)`` makes it raise where it would take another of
 its kernels, for float32 or an ``attn_mask`` say.
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fap_api._call import Sequences
 from fap_api._passes import backward_pass, forward_pass
 
 __all__ = ["NAME", "register"]
@@ -82,8 +84,8 @@ def _flash_attention_forward(
     value: torch.Tensor,
     cum_seq_q: torch.Tensor | None,
     cum_seq_k: torch.Tensor | None,
-    max_q: int,  # noqa: ARG001 - of the dense tensors
-    max_k: int,  # noqa: ARG001
+    max_q: int,
+    max_k: int,
     dropout_p: float,
     is_causal: bool,
     return_debug_mask: bool,
@@ -91,19 +93,28 @@ def _flash_attention_forward(
     scale: float | None = None,
     window_size_left: int | None = None,
     window_size_right: int | None = None,
+    seqused_k: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    num_splits: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attend from query (b, sq, h, d) to key and value (b, sk, h_k, d).
+    """Attend from query (b, sq, h, d) to key and value (b, sk, h_k, d), or packed from (total, h, d).
 
     Causal masks are aligned bottom-right, as those of the built-in operator are. The top-left ones of
     F.scaled_dot_product_attention never arrive: PyTorch sends no causal call with different lengths here.
 
+    Args:
+        cum_seq_q, cum_seq_k: None, or where packed sequences begin and end, int32 (b + 1,).
+        seqused_k, block_table: for packed sequences, as for :func:`fap_api.flash_attn_varlen_func`.
+        num_splits: None or 1: these kernels never split the keys of a call.
+
     Returns:
-        ``output``, laid out as query; ``softmax_logsumexp`` float32 (b, h, sq); the two tensors that
-        :func:`_as_torch_keeps_it` makes; an empty debug mask.
+        ``output``, laid out as query; ``softmax_logsumexp`` float32 (b, h, sq) or (h, total_q); the two
+        tensors that :func:`_as_torch_keeps_it` makes; an empty debug mask.
     """
-    _refuse("_flash_attention_forward", {"cum_seq_q": cum_seq_q, "cum_seq_k": cum_seq_k, **others})
+    _refuse("_flash_attention_forward", {"num_splits": None if num_splits == 1 else num_splits, **others})
+    sequences = _sequences(key, cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, block_table)
     if return_debug_mask:
         raise RuntimeError(
             _refusal("_flash_attention_forward", "return_debug_mask", return_debug_mask, False)
@@ -118,6 +129,7 @@ def _flash_attention_forward(
         query,
         key,
         value,
+        sequences,
         needs_grad=needs_grad,
         dropout_p=dropout_p,
         softmax_scale=scale,
@@ -145,8 +157,8 @@ def _flash_attention_backward(
     logsumexp: torch.Tensor,
     cum_seq_q: torch.Tensor | None,
     cum_seq_k: torch.Tensor | None,
-    max_q: int,  # noqa: ARG001 - of the dense tensors
-    max_k: int,  # noqa: ARG001
+    max_q: int,
+    max_k: int,
     dropout_p: float,
     is_causal: bool,
     rng_state: torch.Tensor,
@@ -158,7 +170,7 @@ def _flash_attention_backward(
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Differentiate :func:`_flash_attention_forward`; gradients are laid out as query, key and value."""
-    _refuse("_flash_attention_backward", {"cum_seq_q": cum_seq_q, "cum_seq_k": cum_seq_k, **others})
+    _refuse("_flash_attention_backward", others)
     gradients = backward_pass(
         grad_out,
         query,
@@ -167,6 +179,7 @@ def _flash_attention_backward(
         out,
         logsumexp,
         _as_we_keep_it(rng_state, unused),
+        _sequences(key, cum_seq_q, cum_seq_k, max_q, max_k),
         dropout_p=dropout_p,
         softmax_scale=scale,
         causal=is_causal,
@@ -232,6 +245,30 @@ def _scaled_dot_product_flash_attention_backward(
     )
     dq, dk, dv = (dx.transpose(1, 2) for dx in gradients)
     return dq, dk, dv
+
+
+def _sequences(
+    key: torch.Tensor,
+    cum_seq_q: torch.Tensor | None,
+    cum_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+) -> Sequences | None:
+    """Return where packed sequences lie, or None for dense tensors."""
+    if cum_seq_q is None:
+        _refuse("_flash_attention_forward", {"seqused_k": seqused_k, "block_table": block_table})
+        return None
+    if cum_seq_k is None:
+        if seqused_k is None or block_table is None:
+            raise RuntimeError(
+                "_flash_attention_forward: cum_seq_k must be given beside cum_seq_q, or seqused_k and "
+                "block_table, got None"
+            )
+        # Where keys lie in pages, it tells no more than what no sequence exceeds.
+        cum_seq_k = torch.arange(cum_seq_q.numel(), dtype=torch.int32, device=key.device) * max_k
+    return Sequences(cum_seq_q, cum_seq_k, max_q, max_k, None, seqused_k, block_table)
 
 
 def _window(left: int | None, right: int | None) -> tuple[int, int]:

@@ -43,6 +43,14 @@ def tests(session: nox.Session, torch: str) -> None:
 
 
 @nox.session
+def integrations(session: nox.Session) -> None:
+    """Run the tests that need other software, which the suite itself must do without: transformers."""
+    install_workspace(session, "integrations")
+    tests = session.posargs or ["packages/fap-api/tests/integrations", "tests/test_docs.py"]
+    session.run("pytest", "-m", "not gpu", *tests, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a GPU, and fail where there is none."""
     install_workspace(session, "test")

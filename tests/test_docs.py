@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/integrations/*.md"))
 CANNOT_RUN = {
+    "integrations/transformers.md": importlib.util.find_spec("transformers") is None,
     "integrations/sdpa.md": not hasattr(torch.nn.attention, "register_flash_attention_impl"),
 }
 # What torchrun would set.

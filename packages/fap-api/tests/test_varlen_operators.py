@@ -135,3 +135,125 @@ class TestCompile:
     @pytest.mark.gpu
     def test_on_gpu(self, compile_counter):
         check_compiled(torch.compile(training_loss, fullgraph=True, dynamic=True), "cuda", torch.float16)
+
+
+def attention(q, k, v, **options):
+    return fap_api.flash_attn_varlen_func(q, k, v, *places(device=q.device), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_q_k_and_v_only(dtype):
+    tensors, slopes = draw(requires_grad=False), torch.rand(3, 4)
+    with torch.autocast("cpu", dtype):
+        out, lse, _ = attention(*tensors, alibi_slopes=slopes, return_attn_probs=True)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert torch.equal(out, attention(*(x.to(dtype) for x in tensors), alibi_slopes=slopes))
+
+
+def test_gradients_against_finite_differences():
+    lengths = ((3, 0, 4), (4, 2, 2))
+    q, k, v = draw(lengths, heads=(2, 1), dtype=torch.float64)
+    used = torch.tensor([2, 0, 4], dtype=torch.int32)
+    slopes = torch.rand(3, 2)
+
+    def function(q, k, v):
+        # Queries without keys and rows not in use have an LSE of +inf whatever the inputs.
+        out, lse, _ = fap_api.flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            *places(lengths),
+            causal=True,
+            softcap=1.5,
+            alibi_slopes=slopes,
+            seqused_q=used,
+            return_attn_probs=True,
+        )
+        return out, lse.masked_fill(lse.isinf(), 0.0)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+
+
+def test_packed_forms_give_the_same_and_one_gradient():
+    lengths = ((5, 0, 9), (5, 0, 9))
+    q, k, v = draw(lengths, heads=(2, 2))
+    where, dout = places(lengths), torch.randn(14, 2, 8)
+    used = {f"seqused_{x}": torch.tensor([3, 0, 9], dtype=torch.int32) for x in "qk"}
+    right = fap_api.flash_attn_varlen_func(q, k, v, *where, causal=True, **used)
+    dq, dk, dv = torch.autograd.grad(right, (q, k, v), dout)
+
+    kv = torch.stack((k, v), dim=1).detach().requires_grad_()
+    out = fap_api.flash_attn_varlen_kvpacked_func(q, kv, *where, causal=True, **used)
+    assert torch.equal(out, right)
+    for mine, expected in zip(
+        torch.autograd.grad(out, (q, kv), dout), (dq, torch.stack((dk, dv), dim=1)), strict=True
+    ):
+        assert torch.equal(mine, expected)
+
+    qkv = torch.stack((q, k, v), dim=1).detach().requires_grad_()
+    out = fap_api.flash_attn_varlen_qkvpacked_func(qkv, where[0], where[2], causal=True, **used)
+    assert torch.equal(out, right)
+    assert torch.equal(torch.autograd.grad(out, qkv, dout)[0], torch.stack((dq, dk, dv), dim=1))
+
+
+def test_meta_tensors_give_shapes():
+    q, k, v = draw(requires_grad=False, device="meta", dtype=torch.float16)
+    out, lse, s_dmask = attention(q, k, v, dropout_p=0.1, return_attn_probs=True)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.float16, "meta")
+    assert (lse.shape, lse.dtype) == ((4, 14), torch.float32)
+    assert s_dmask.shape == (3, 4, 128, 128)
+
+
+def test_flops_are_counted_by_the_lengths():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pair = 2 * 4 * 8
+    with FlopCounterMode(display=False) as both:
+        attention(*draw()).sum().backward()
+    assert both.get_total_flops() == 7 * pair * (5 * 7 + 9 * 4)
+    with FlopCounterMode(display=False) as used, torch.no_grad():
+        attention(*draw(), seqused_k=torch.tensor([2, 0, 4], dtype=torch.int32))
+    assert used.get_total_flops() == 2 * pair * (5 * 2 + 9 * 4)
+    lengths = ((8, 8), (8, 8))
+    tensors, where = draw(lengths, device="meta", requires_grad=False), places(lengths, "meta")
+    with FlopCounterMode(display=False) as elsewhere:
+        fap_api.flash_attn_varlen_func(*tensors, *where, causal=True)
+    assert elsewhere.get_total_flops() == 2 * pair * 2 * (8 * 9 // 2)
+
+
+def test_a_repeated_call_is_described_once(monkeypatch):
+    from fap_api import _call
+
+    described = []
+    describe = _call._describe
+    monkeypatch.setattr(_call, "_describe", lambda *call: described.append(1) or describe(*call))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        attention(*draw(), causal=True)
+    assert len(described) == 1
+    attention(*draw(), causal=True, seqused_q=torch.tensor([1, 0, 1], dtype=torch.int32))
+    assert len(described) == 2
+
+
+def test_an_unused_lse_costs_the_backward_nothing(monkeypatch):
+    from fap_api.backends.torch_ import TorchBackend
+
+    seen = []
+    backward = TorchBackend.varlen_backward
+
+    def spy(self, *arguments):
+        seen.append(arguments[6])
+        return backward(self, *arguments)
+
+    monkeypatch.setattr(TorchBackend, "varlen_backward", spy)
+    attention(*draw()).sum().backward()
+    attention(*draw(), return_attn_probs=True)[1].nan_to_num(posinf=0.0).sum().backward()
+    assert seen[0] is None
+    assert seen[1] is not None
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = draw()
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        dq.sum().backward()

@@ -40,7 +40,9 @@ def register() -> None:
         return
     for operator, formula in _formulas().items():
         if operator not in counter.flop_registry:
-            counter.register_flop_formula(operator)(formula)
+            # Those of packed sequences look at the lengths, which shapes do not tell.
+            raw = formula in (_varlen_forward_flops, _varlen_backward_flops)
+            counter.register_flop_formula(operator, get_raw=raw)(formula)
 
 
 def teach_active_counters() -> None:
@@ -63,6 +65,8 @@ def _formulas() -> dict[Any, Any]:
     return {
         torch.ops.fap.attention_forward: _forward_flops,
         torch.ops.fap.attention_backward: _backward_flops,
+        torch.ops.fap.attention_varlen_forward: _varlen_forward_flops,
+        torch.ops.fap.attention_varlen_backward: _varlen_backward_flops,
     }
 
 
@@ -81,3 +85,43 @@ def _backward_flops(*arguments: Any, **_: Any) -> int:
     # dout, q, k, v, out, softmax_lse, dlse, rng_state, alibi_slopes, softmax_scale, window_left, window_right
     # The products: the scores once more, dP, dV, dQ and dK.
     return 5 * _product(arguments[1], arguments[2], *arguments[10:12])
+
+
+def _varlen_product(
+    q: torch.Tensor,
+    sequences: tuple[Any, ...],
+    window: tuple[int, int],
+) -> int:
+    """Count the operations of one matrix product of the size of ``q @ k^T``, over all sequences.
+
+    Exact where the lengths are on the host. Else, since reading them would make the call wait for the device,
+    every query counts as one of the longest sequence sees keys on average: exact for equal lengths.
+    """
+    total_q, nheads, head_dim = q.shape
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k = sequences
+    lengths_q, lengths_k = _lengths(cu_seqlens_q, seqused_q), _lengths(cu_seqlens_k, seqused_k)
+    if lengths_q is None or lengths_k is None:
+        longest = visible_pairs(max_seqlen_q, max_seqlen_k, *window)
+        pairs = total_q * longest // max(max_seqlen_q, 1)
+    else:
+        pairs = sum(visible_pairs(*pair, *window) for pair in zip(lengths_q, lengths_k, strict=True))
+    return int(2 * nheads * head_dim * pairs)
+
+
+def _lengths(cu_seqlens: torch.Tensor, seqused: torch.Tensor | None) -> list[int] | None:
+    known = [x for x in (cu_seqlens, seqused) if x is not None]
+    if any(type(x) is not torch.Tensor or x.device.type != "cpu" for x in known):
+        return None
+    lengths: list[int] = (cu_seqlens.diff() if seqused is None else seqused).tolist()
+    return lengths
+
+
+def _varlen_forward_flops(q: torch.Tensor, k: Any, v: Any, *rest: Any, **_: Any) -> int:  # noqa: ARG001
+    # rest: the sequences' six, block_table, alibi_slopes, softmax_scale, window_left, window_right, ...
+    return 2 * _varlen_product(q, rest[:6], rest[9:11])
+
+
+def _varlen_backward_flops(*arguments: Any, **_: Any) -> int:
+    # dout, q, k, v, out, softmax_lse, dlse, rng_state, the sequences' six, alibi_slopes, softmax_scale,
+    # window_left, window_right, ...
+    return 5 * _varlen_product(arguments[1], arguments[8:14], arguments[16:18])

@@ -194,6 +194,3 @@ def refuse_second_derivative(*_: Any) -> None:
 
 torch.library.register_autograd("fap::attention_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd("fap::attention_backward", refuse_second_derivative, lib=_LIBRARY)
-
-# For those who counted before this module was imported; everybody else is met in the calls.
-_flops.register()

@@ -197,4 +197,6 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("fap::attention_varlen_backward", refuse_second_derivative, lib=_LIBRARY)
 
+# For those who counted before this module, the last one with operators that count, was imported; everybody
+# else is met in the calls.
 _flops.register()

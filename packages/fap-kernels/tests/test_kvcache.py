@@ -150,7 +150,7 @@ def test_rotary(rotary_dim: int, interleaved: bool) -> None:
 def test_rotary_of_packed_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     angles = torch.rand(20, 8, generator=generator) * 6
-    x = torch.randn(25, 3, 16, generator=generator)
+    x = torch.randn(28, 3, 16, generator=generator)  # the last three are of no sequence
     bounds = torch.tensor([0, 5, 5, 25], dtype=torch.int32)
     options = {"cu_seqlens": bounds, "max_seqlen": 20}
     turned = apply_rotary(x, angles.cos(), angles.sin(), **options)
@@ -167,6 +167,9 @@ def test_what_does_not_fit_is_not_appended() -> None:
     assert not v_cache[0].any()
     assert k_cache[1, 5:].all()
     assert v_cache[1, 5:].all()
+    assert not k_cache[1, :5].any()
+    kvcache_append(k_cache, v_cache, k, k, torch.tensor([-1, -2], dtype=torch.int32))
+    assert not k_cache[0].any()
     assert not k_cache[1, :5].any()
 
 

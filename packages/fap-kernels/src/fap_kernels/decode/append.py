@@ -29,7 +29,7 @@ def kvcache_append_kernel(
     new = row // nheads_k
     head = row % nheads_k
     length = tl.load(cache_seqlens + batch)
-    exists = (new < seqlen_new) & (length + seqlen_new <= capacity)
+    exists = (new < seqlen_new) & (length >= 0) & (length + seqlen_new <= capacity)
     position = length + new
     if block_table is not None:
         index = position >> page_bits

@@ -13,7 +13,7 @@ class Rotation(NamedTuple):
 
     Fields:
         cos, sin: addresses of contiguous ``(length, rotary_dim / 2)`` tables.
-        length: their rows. A position beyond them is not rotated.
+        length: their rows. A position outside them is not rotated.
     """
 
     cos: Any
@@ -38,7 +38,7 @@ def turn_rows(rotation, source, target, exists, positions, HEAD_DIM: tl.constexp
     column = tl.arange(0, WIDTH)
     exists = exists[:, None]
     turned = exists & (column < HALF)[None, :]
-    known = turned & (positions < rotation.length)[:, None]
+    known = turned & ((positions >= 0) & (positions < rotation.length))[:, None]
     angle = positions.to(tl.int64)[:, None] * HALF + column[None, :]
     cos = tl.load(rotation.cos + angle, mask=known, other=1.0).to(tl.float32)
     sin = tl.load(rotation.sin + angle, mask=known, other=0.0).to(tl.float32)

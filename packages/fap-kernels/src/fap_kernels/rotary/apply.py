@@ -38,7 +38,7 @@ def apply_rotary(
         interleaved: turn columns 2 c and 2 c + 1 together, else c and ``rotary_dim / 2 + c``.
         seqlen_offsets: the position of each sequence's first row: one for all, or int32 ``(batch,)``.
         cu_seqlens: int32 ``(batch + 1,)``; sequence b has the rows ``cu_seqlens[b]`` up to ``cu_seqlens[b +
-            1]``.
+            1]``. Rows of no sequence are left as they are.
         max_seqlen: no packed sequence is longer; needed iff ``cu_seqlens`` is given.
         conjugate: turn backwards: the gradient, and the inverse, of turning.
         out: where the result goes, of x's shape and dtype; it may be x. None for a new tensor.
@@ -76,6 +76,9 @@ def apply_rotary(
     require_supported_tensor(x)
     from .launch import plan_rotary
 
+    if out is None and cu_seqlens is not None:
+        # Rows of no sequence, which no program writes, are as they were.
+        out = x = x.clone(memory_format=torch.contiguous_format)
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     # A last stride other than 1 is copied, on the way in and on the way out.
     (source,) = unit_last_stride(x)

@@ -11,6 +11,6 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 @pytest.mark.smoke
 def test_the_examples_run(capsys):
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     exec(compile("\n".join(examples), "README.md", "exec"), {})
     assert "attention would run on" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/integrations/*.md"))
 CANNOT_RUN = {
+    "integrations/flash_attn.md": importlib.util.find_spec("flash_attn") is not None,
     "integrations/transformers.md": importlib.util.find_spec("transformers") is None,
     "integrations/sdpa.md": not hasattr(torch.nn.attention, "register_flash_attention_impl"),
 }
@@ -25,6 +26,7 @@ ONE_PROCESS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:transformers has been imported before")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_run(page, monkeypatch):
     if CANNOT_RUN.get(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -45,6 +46,11 @@ class CudaBackend:
 
     def missing_package(self) -> str | None:
         """Return how to install flash-attn where it is missing."""
+        if hasattr(sys.modules.get("flash_attn"), "__fap_shim__"):
+            return (
+                "the name flash_attn is that of fap_api.integrations.flash_attn_shim at present "
+                "(its uninstall() gives it back)"
+            )
         if importable("flash_attn"):
             return None
         return "the package flash_attn is not installed (pip install 'fap-api[cuda]' --no-build-isolation)"

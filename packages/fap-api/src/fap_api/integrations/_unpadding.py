@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from fap_api.padding import index_first_axis, pad_input
+
 __all__ = ["Unpadding", "of_numbered_sequences", "of_padded_rows", "of_whole_rows", "whole"]
 
 
@@ -28,13 +30,13 @@ class Unpadding(NamedTuple):
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tokens that count, ``(total, heads, headdim)``."""
         flat = x.flatten(0, 1)
-        return flat if self.tokens is None else flat.index_select(0, self.tokens)
+        return flat if self.tokens is None else index_first_axis(flat, self.tokens)
 
     def put_back(self, x: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
         """Return packed tokens as rows ``(batch, seqlen, heads, headdim)``, 0 at those that do not count."""
-        if self.tokens is not None:
-            x = x.new_zeros((batch * seqlen, *x.shape[1:])).index_copy(0, self.tokens, x)
-        return x.view(batch, seqlen, *x.shape[1:])
+        if self.tokens is None:
+            return x.view(batch, seqlen, *x.shape[1:])
+        return pad_input(x, self.tokens, batch, seqlen)
 
 
 def whole(cu_seqlens: torch.Tensor, max_seqlen: int | torch.Tensor) -> Unpadding:

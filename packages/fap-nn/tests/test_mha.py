@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from fap_nn import FlashMHA
 from fap_testing.reference import attention_reference
+from fap_testing.reference_rotary import rotary_reference
 
 EMBED, HEADS = 24, 4
 PADDED = torch.tensor(
@@ -53,7 +54,8 @@ def written_out(module, x, *, bias=True, num_heads_kv=HEADS, **features):
         F.linear(x, w, b).unflatten(-1, (-1, EMBED // HEADS)) for w, b in zip(weights, biases, strict=True)
     )
     if rotary:
-        q, k = module.rotary_emb(q, k)
+        cos, sin, *_ = module.rotary_emb.tables(x.shape[1])
+        q, k = (rotary_reference(t, cos, sin, interleaved=module.rotary_emb.interleaved) for t in (q, k))
     features["alibi_slopes"] = module.inner_attn.alibi_slopes
     return module.out_proj(attention_reference(q, k, v, **features).out.flatten(-2))
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fap_nn import RotaryEmbedding, apply_rotary_emb
+import fap_api.rotary
+import fap_nn
+from fap_nn import RotaryEmbedding
+from fap_nn.rotary import rotate
 
 
 def rotate_as_complex(x, dim, base, interleaved, offset=0):
@@ -25,13 +28,18 @@ def rotate_as_complex(x, dim, base, interleaved, offset=0):
     return out
 
 
+def test_the_names_are_those_of_fap_api():
+    assert fap_nn.RotaryEmbedding is fap_api.rotary.RotaryEmbedding
+    assert fap_nn.apply_rotary_emb is fap_api.rotary.apply_rotary_emb
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [8, 6, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equals_complex_multiplication(dtype, dim, interleaved):
     q, k = torch.randn(2, 5, 4, 8, dtype=dtype), torch.randn(2, 5, 2, 8, dtype=dtype)
-    rotated = RotaryEmbedding(dim, base=100.0, interleaved=interleaved)(q, k, seqlen_offset=3)
+    rotated = rotate(RotaryEmbedding(dim, base=100.0, interleaved=interleaved), q, k, 3, max_seqlen=8)
     for x, y in zip((q, k), rotated, strict=True):
         assert y.dtype == dtype
         expected = rotate_as_complex(x, dim, 100.0, interleaved, offset=3)
@@ -39,24 +47,23 @@ def test_equals_complex_multiplication(dtype, dim, interleaved):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_scores_depend_on_distance_alone(interleaved):
-    rotary = RotaryEmbedding(16, interleaved=interleaved)
+@pytest.mark.parametrize("scale_base", [None, 512.0])
+def test_scores_depend_on_distance_alone(interleaved, scale_base):
+    rotary = RotaryEmbedding(16, interleaved=interleaved, scale_base=scale_base)
     q, k = torch.randn(1, 6, 2, 16, dtype=torch.float64), torch.randn(1, 6, 2, 16, dtype=torch.float64)
-    scores = [torch.einsum("bihd,bjhd->bhij", *rotary(q, k, offset)) for offset in (0, 1000)]
+    scores = [
+        torch.einsum("bihd,bjhd->bhij", *rotate(rotary, q, k, offset, max_seqlen=1006))
+        for offset in (0, 1000)
+    ]
     assert_close(scores[0], scores[1], atol=1e-4, rtol=0.0)
-
-
-def test_first_position_is_left_as_it_is():
-    q = torch.randn(1, 1, 2, 8)
-    assert torch.equal(RotaryEmbedding(8)(q, q)[0], q)
 
 
 def test_q_and_k_of_different_lengths_start_together():
     rotary = RotaryEmbedding(8)
     q, k = torch.randn(1, 3, 2, 8), torch.randn(1, 7, 2, 8)
-    short, long = rotary(q, k)
-    assert_close(short, rotary(q, q)[0])
-    assert_close(long, rotary(k, k)[0])
+    short, long = rotate(rotary, q, k)
+    assert_close(short, rotate(rotary, q, q)[0])
+    assert_close(long, rotate(rotary, k, k)[0])
 
 
 def test_angles_stay_exact_in_low_precision():
@@ -64,28 +71,6 @@ def test_angles_stay_exact_in_low_precision():
     rotary = RotaryEmbedding(4).to(torch.bfloat16)
     x = torch.ones(1, 300, 1, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        rotated, _ = rotary(x, x)
+        rotated, _ = rotate(rotary, x, x)
     expected = rotate_as_complex(x, 4, 10000.0, interleaved=False)
     assert_close(rotated.double(), expected, atol=1e-2, rtol=0.0)
-
-
-def test_gradients():
-    x = torch.randn(1, 3, 2, 6, dtype=torch.float64, requires_grad=True)
-    cos, sin = RotaryEmbedding(4).cos_sin(3)
-    for interleaved in (False, True):
-        assert torch.autograd.gradcheck(lambda x, i=interleaved: apply_rotary_emb(x, cos, sin, i), x)
-
-
-@pytest.mark.parametrize(("dim", "base"), [(3, 1.0), (0, 1.0), (4, 0.0)])
-def test_wrong_settings_are_refused(dim, base):
-    with pytest.raises(ValueError, match=r"rotary (dim|base) must be"):
-        RotaryEmbedding(dim, base)
-
-
-@pytest.mark.parametrize(
-    ("shape", "seqlen", "dim"), [((1, 3, 8), 3, 4), ((1, 3, 2, 8), 4, 4), ((1, 3, 2, 8), 3, 10)]
-)
-def test_shapes_that_do_not_fit_are_refused(shape, seqlen, dim):
-    cos, sin = RotaryEmbedding(dim).cos_sin(seqlen)
-    with pytest.raises(RuntimeError, match="must have shape"):
-        apply_rotary_emb(torch.randn(shape), cos, sin)

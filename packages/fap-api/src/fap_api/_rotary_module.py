@@ -123,8 +123,10 @@ class RotaryEmbedding(nn.Module):
                 return kept
         # No inference tensors: the same tables may be saved for a backward later.
         with torch.inference_mode(False), torch.no_grad():
-            self._kept = self._make_tables(seqlen, wanted)
-        return self._kept
+            tables = self._make_tables(seqlen, wanted)
+        if type(tables.cos) is torch.Tensor:  # not one that only stands in for another
+            self._kept = tables
+        return tables
 
     def extra_repr(self) -> str:
         """Name the settings."""

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fap_nn._cached import attend_cached, check_cache, real_tokens_first
 from fap_nn.attention import FlashAttention
-from fap_nn.rotary import RotaryEmbedding
+from fap_nn.kv_cache import KVCache
+from fap_nn.rotary import RotaryEmbedding, rotate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +35,7 @@ class FlashMHA(nn.Module):
         window_size, alibi_slopes, softmax_scale, softcap, deterministic: as in ``FlashAttention``, except
             that slopes are per head, ``(num_heads,)``.
         rotary_emb_dim: how many features of each head are rotated by position; 0 is off.
-        rotary_emb_base, rotary_emb_interleaved: as in ``RotaryEmbedding``.
+        rotary_emb_base, rotary_emb_interleaved, rotary_emb_scale_base: as in ``RotaryEmbedding``.
         cross_attn: take k and v from a second input.
         batch_first: inputs are ``(batch, seqlen, embed_dim)``; False means ``(seqlen, batch, embed_dim)``.
 
@@ -61,6 +63,7 @@ class FlashMHA(nn.Module):
         rotary_emb_dim: int = 0,
         rotary_emb_base: float = 10000.0,
         rotary_emb_interleaved: bool = False,
+        rotary_emb_scale_base: float | None = None,
         cross_attn: bool = False,
         batch_first: bool = True,
     ) -> None:
@@ -74,7 +77,9 @@ class FlashMHA(nn.Module):
         self.layer_idx = layer_idx
         self.cross_attn = cross_attn
         self.batch_first = batch_first
-        self.rotary_emb = self._make_rotary(rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved)
+        self.rotary_emb = self._make_rotary(
+            rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved, rotary_emb_scale_base
+        )
         self.inner_attn = FlashAttention(
             num_heads,
             self.head_dim,
@@ -158,6 +163,7 @@ class FlashMHA(nn.Module):
         x: torch.Tensor,
         x_kv: torch.Tensor | None = None,
         key_padding_mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Attend within x, or from x to x_kv, and project the result.
 
@@ -169,24 +175,45 @@ class FlashMHA(nn.Module):
             x_kv: source of k and v in the same layout; required with ``cross_attn``, else refused.
             key_padding_mask: bool ``(batch, seqlen of the keys)`` in either layout, **True for real
                 tokens**, as in flash-attn (``nn.MultiheadAttention`` has it the other way round).
-                Sequences of equal length run together; reading the lengths waits for the device.
+                Sequences of equal length run together; reading the lengths waits for the device (not
+                with a cache).
+            cache: from :meth:`make_cache`. The tokens x continue its sequences: their keys and values are
+                appended to it, and they attend to all before them too. A prompt and then one token at a time
+                give what one pass over all gives. There is no backward: run it under ``torch.no_grad()``.
 
         Returns:
             A tensor of x's shape.
 
         Raises:
             RuntimeError: shapes that do not fit the module or each other, a mask that is not bool, x_kv
-                missing or not wanted.
+                missing or not wanted; with a cache, more tokens than it has room for, before anything is
+                written, a module that is not causal or drops weights, or gradients that are not off.
         """
         self._check_inputs(x, x_kv)
         if not self.batch_first:
             x = x.transpose(0, 1)
             x_kv = None if x_kv is None else x_kv.transpose(0, 1)
-        if key_padding_mask is None:
-            out: torch.Tensor = self.out_proj(self._attend(*self._project(x, x_kv)).flatten(-2))
+        out: torch.Tensor
+        if cache is not None:
+            out = self._forward_cached(x, key_padding_mask, cache)
+        elif key_padding_mask is None:
+            out = self.out_proj(self._attend(*self._project(x, x_kv)).flatten(-2))
         else:
             out = self._forward_padded(x, x_kv, key_padding_mask)
         return out if self.batch_first else out.transpose(0, 1)
+
+    def make_cache(self, batch: int, max_seqlen: int, page_size: int | None = None) -> KVCache:
+        """Return an empty cache for this module, on its device and in its dtype; sizes as in ``KVCache``."""
+        weight = self.out_proj.weight
+        return KVCache(
+            batch,
+            max_seqlen,
+            self.num_heads_kv,
+            self.head_dim,
+            page_size=page_size,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
 
     def extra_repr(self) -> str:
         """Name the sizes and the layout."""
@@ -195,14 +222,16 @@ class FlashMHA(nn.Module):
             f"cross_attn={self.cross_attn}, batch_first={self.batch_first}"
         )
 
-    def _make_rotary(self, dim: int, base: float, interleaved: bool) -> RotaryEmbedding | None:
+    def _make_rotary(
+        self, dim: int, base: float, interleaved: bool, scale_base: float | None
+    ) -> RotaryEmbedding | None:
         if dim == 0:
             return None
         if self.cross_attn:
             raise ValueError("rotary_emb_dim must be 0 with cross_attn: q and k share no positions there")
         if dim > self.head_dim:
             raise ValueError(f"rotary_emb_dim must be at most head_dim {self.head_dim}, got {dim}")
-        return RotaryEmbedding(dim, base, interleaved)
+        return RotaryEmbedding(dim, base, interleaved, scale_base)
 
     def _project(
         self, x: torch.Tensor, x_kv: torch.Tensor | None
@@ -217,7 +246,7 @@ class FlashMHA(nn.Module):
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self.rotary_emb is not None:
-            q, k = self.rotary_emb(q, k)
+            q, k = rotate(self.rotary_emb, q, k)
         out: torch.Tensor = self.inner_attn(q, k, v)
         return out
 
@@ -246,6 +275,22 @@ class FlashMHA(nn.Module):
             queries = (rows, every_query) if self.cross_attn else keys
             out = out.index_put(queries, self._attend(q[queries], k[keys], v[keys]))
         return out
+
+    def _forward_cached(self, x: torch.Tensor, mask: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
+        if self.cross_attn:
+            raise RuntimeError("cache must be None: this module was built with cross_attn=True")
+        check_cache(cache, self.inner_attn, (self.num_heads_kv, self.head_dim), x.shape[0])
+        lengths = restore = None
+        if mask is not None:
+            _check_mask(mask, x)
+            x = x.masked_fill(mask.logical_not()[:, :, None], 0.0)
+            x, restore, lengths = real_tokens_first(x, mask)
+        heads = attend_cached(*self._project(x, None), self.inner_attn, self.rotary_emb, cache, lengths)
+        out: torch.Tensor = self.out_proj(heads.flatten(-2))
+        if mask is None or restore is None:
+            return out
+        out = out.gather(1, restore[:, :, None].expand_as(out))
+        return out.masked_fill(mask.logical_not()[:, :, None], 0.0)
 
     def _check_inputs(self, x: torch.Tensor, x_kv: torch.Tensor | None) -> None:
         layout = "(batch, seqlen, embed_dim)" if self.batch_first else "(seqlen, batch, embed_dim)"

@@ -11,6 +11,7 @@ import contextlib
 import io
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 import fap_api
-from fap_nn import FlashMHA
+from fap_nn import FlashMHA, KVCache
 from fap_testing.reference import attention_baseline_gradients, attention_reference_gradients
 from fap_testing.tolerances import error_bound
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONTEXT = 64
@@ -92,11 +96,15 @@ class TinyModel(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
 
-    def forward(self, characters: torch.Tensor) -> torch.Tensor:
-        """Return logits ``(batch, seqlen, vocabulary)`` for the character after each one given."""
+    def forward(self, characters: torch.Tensor, caches: Sequence[KVCache] | None = None) -> torch.Tensor:
+        """Return logits ``(batch, seqlen, vocabulary)`` for the character after each one given.
+
+        With caches, one a block, the characters continue those that the caches hold.
+        """
         x = self.embedding(characters)
-        for block in self.blocks:
-            x = block(x)
+        one_each: Sequence[KVCache | None] = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, one_each, strict=True):
+            x = block(x, cache)
         logits: torch.Tensor = self.head(x)
         return logits
 
@@ -112,9 +120,9 @@ class Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Map ``(batch, seqlen, width)`` to the same shape."""
-        x = x + self.attention(self.norm(x))
+        x = x + self.attention(self.norm(x), cache=cache)
         y: torch.Tensor = x + self.mlp(x)
         return y
 
@@ -125,14 +133,25 @@ def train(device: torch.device, dtype: torch.dtype, steps: int) -> bool:
     characters = sorted(set(text))
     data = torch.tensor([characters.index(c) for c in text], device=device)
     model = TinyModel(len(characters)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    losses = []
     print(f"\nTraining FlashMHA on the Zen of Python, {len(text)} characters")
+    losses = fit(model, data, steps, autocast)
+    with torch.no_grad(), autocast:
+        sample = continue_text(model, data[:CONTEXT], 80)
+    print("It goes on: " + "".join(characters[i] for i in sample.tolist()).replace("\n", " / "))
+    fell = len(losses) > 0 and losses[-1] < losses[0] / 2
+    print(f"Loss from {losses[0]:.2f} to {losses[-1]:.2f}" if losses else "No steps taken")
+    return fell
+
+
+def fit(model: nn.Module, data: torch.Tensor, steps: int, autocast: torch.autocast) -> list[float]:
+    """Train on windows of CONTEXT characters of ``data`` and return the loss of every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
     with tqdm(range(steps), unit="step", file=sys.stdout) as progress:
         for _ in progress:
-            starts = torch.randint(len(data) - CONTEXT, (16, 1), device=device)
-            window = data[starts + torch.arange(CONTEXT + 1, device=device)]
+            starts = torch.randint(len(data) - CONTEXT, (16, 1), device=data.device)
+            window = data[starts + torch.arange(CONTEXT + 1, device=data.device)]
             with autocast:
                 logits = model(window[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), window[:, 1:].flatten())
@@ -141,12 +160,7 @@ def train(device: torch.device, dtype: torch.dtype, steps: int) -> bool:
             optimizer.step()
             losses.append(loss.item())
             progress.set_postfix(loss=f"{losses[-1]:.2f}")
-    with torch.no_grad(), autocast:
-        sample = continue_text(model, data[:CONTEXT], 80)
-    print("It goes on: " + "".join(characters[i] for i in sample.tolist()).replace("\n", " / "))
-    fell = len(losses) > 0 and losses[-1] < losses[0] / 2
-    print(f"Loss from {losses[0]:.2f} to {losses[-1]:.2f}" if losses else "No steps taken")
-    return fell
+    return losses
 
 
 def continue_text(model: nn.Module, prompt: torch.Tensor, length: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ __all__ = ["Replay", "Replays"]
 
 MOST_REPLAYS = 4096
 _PLAIN = frozenset((bool, int, float, type(None)))
+_BOUNDS = frozenset((int,))
 
 
 class Replays:
@@ -36,7 +37,7 @@ class Replays:
 
     def key(self, tensors: Sequence[torch.Tensor | None], options: Sequence[Any]) -> Hashable:
         """The key of a call, or None if it holds something unusual and must be checked each time."""
-        if not isinstance(tensors[0], torch.Tensor) or tensors[0].device.type != "cuda":
+        if not isinstance(tensors[0], torch.Tensor) or not tensors[0].is_cuda:
             return None
         parts: list[Hashable] = []
         for x in tensors:
@@ -53,7 +54,7 @@ class Replays:
         for option in options:
             kind = type(option)
             if kind is tuple:
-                if any(type(item) is not int for item in option):
+                if not _BOUNDS.issuperset(map(type, option)):
                     return None
             elif kind not in _PLAIN:
                 return None
@@ -152,7 +153,7 @@ class _Step:
     grid: tuple[int, int, int]
     values: list[Any]
     tensors: list[tuple[int, int]]
-    descriptors: list[tuple[int, int, dict[str, Any]]]
+    descriptors: list[tuple[int, int, Any]]
 
     @classmethod
     def of(cls, launch: Launch, compiled: Any, named: Mapping[str, torch.Tensor | None]) -> _Step | None:
@@ -177,16 +178,15 @@ class _Step:
             if tensor is value:
                 step.tensors.append((position, order.index(name)))
             else:
-                fields = {field: x for field, x in vars(value).items() if field != "base"}
-                step.descriptors.append((position, order.index(name), fields))
+                step.descriptors.append((position, order.index(name), _Descriptor(value)))
         return step
 
     def run(self, stream: int, tensors: Sequence[torch.Tensor | None]) -> None:
         values = self.values.copy()
         for position, index in self.tensors:
             values[position] = tensors[index]
-        for position, index, fields in self.descriptors:
-            values[position] = _descriptor(tensors[index], fields)
+        for position, index, descriptor in self.descriptors:
+            values[position] = descriptor.of(tensors[index])
         compiled, hooks = self.compiled, self.hooks
         metadata = compiled.launch_metadata(self.grid, stream, *values)
         compiled.run(
@@ -195,11 +195,19 @@ class _Step:
         )  # fmt: skip
 
 
-def _descriptor(base: Any, fields: Mapping[str, Any]) -> Any:
-    """A TensorDescriptor whose fields were checked when the first of its kind was made."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class _Descriptor:
+    """All of a TensorDescriptor but its tensor; its fields were checked when it was made."""
 
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields)
-    descriptor.base = base
-    return descriptor
+    __slots__ = ("_fields", "_kind")
+
+    def __init__(self, made: Any) -> None:
+        self._kind = type(made)
+        self._fields = {name: value for name, value in vars(made).items() if name != "base"}
+
+    def of(self, base: Any) -> Any:
+        """Return it for another tensor of the same shape and strides."""
+        # An import here, and the checks of its constructor, would take as long as all else of a launch.
+        descriptor = object.__new__(self._kind)
+        descriptor.__dict__.update(self._fields)
+        descriptor.base = base
+        return descriptor

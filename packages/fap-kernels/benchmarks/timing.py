@@ -1,12 +1,10 @@
-"""What the measuring scripts share: seeded inputs, FlashAttention-2, medians, a record of the machine."""
+"""What the sweeps share: seeded inputs, FlashAttention-2, medians."""
 
 from __future__ import annotations
 
-import subprocess
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
 from triton.testing import do_bench
 
 if TYPE_CHECKING:
@@ -98,20 +96,3 @@ class FlashAttention2:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm; NaN stays NaN."""
     return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
-def machine() -> dict[str, str]:
-    """What a figure depends on besides the code."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": commit,
-    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -13,6 +15,7 @@ from fap_testing.bench.decode import Decode
 from fap_testing.bench.judge import judge_of
 from fap_testing.bench.peers import PEERS, Peer, register, select_peers
 from fap_testing.bench.peers.base import AutogradCalls, KernelCalls
+from fap_testing.bench.peers.fap_kernels import FapDense, FapHopper, FapKernels, FapTriton, tile_sizes
 from fap_testing.bench.peers.flash_attn_2 import FlashAttention2
 from fap_testing.bench.peers.flash_attn_3 import FlashAttention3
 from fap_testing.bench.peers.flash_attn_4 import FlashAttention4
@@ -34,6 +37,7 @@ VARLEN = Varlen(lengths=(7, 24, 11), **SIZES)
 VARLEN_CAUSAL = Varlen(lengths=(7, 24, 11), causal=True, **SIZES)
 VARLEN_WINDOW = Varlen(lengths=(7, 24, 11), window_size=(5, 3), **SIZES)
 DECODE = Decode(lengths=(24, 13), causal=True, **SIZES)
+PAGED_DECODE = Decode(lengths=(24, 13), page_size=16, causal=True, **SIZES)
 FULL_DECODE = Decode(lengths=(24, 24), causal=True, **SIZES)
 BOTH_WAYS = ("fwd", "bwd", "both")
 
@@ -127,11 +131,13 @@ def test_the_backward_pass_is_timed_alone():
     assert ran == [True, False]
 
 
-@pytest.mark.parametrize("problem", [PREFILL, CAUSAL, WINDOW, LEFT_WINDOW], ids=str)
+@pytest.mark.parametrize(
+    "problem", [PREFILL, CAUSAL, WINDOW, LEFT_WINDOW, VARLEN_CAUSAL, DECODE, PAGED_DECODE], ids=str
+)
 def test_fap_is_right_here(problem):
     pytest.importorskip("fap_api")
     (fap,) = select_peers(["fap"], ["torch"], command="prefill")
-    judged(fap, problem, (*BOTH_WAYS, "fwd+grad"))
+    judged(fap, problem, ("fwd",) if isinstance(problem, Decode) else (*BOTH_WAYS, "fwd+grad"))
     assert fap.configuration(problem, problem.draw(), "fwd") == "torch"
     assert fap.version() is None or fap.version()
 
@@ -141,6 +147,49 @@ def test_the_module_is_right_here():
     (module,) = select_peers(["fap-nn"], ["torch"], command="overhead")
     assert module.absent("cpu", "prefill") is None
     judged(module, CAUSAL, BOTH_WAYS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem", "directions"),
+    [
+        (FapTriton, CAUSAL, BOTH_WAYS),
+        (FapKernels, VARLEN_CAUSAL, BOTH_WAYS),
+        (FapDense, Varlen(lengths=(9, 9), causal=True, **SIZES), BOTH_WAYS),
+        (FapTriton, PAGED_DECODE, ("fwd",)),
+    ],
+    ids=str,
+)
+@pytest.mark.interpreter
+def test_kernels_are_called_as_documented(kind, problem, directions):
+    pytest.importorskip("fap_kernels")
+    pytest.importorskip("triton")
+    peer = kind()
+    judged(peer, problem, directions)
+
+
+@pytest.mark.parametrize("direction", BOTH_WAYS)
+@pytest.mark.parametrize("problem", [CAUSAL, VARLEN_CAUSAL, PAGED_DECODE], ids=str)
+def test_the_tile_sizes_of_a_call_on_a_gpu_are_told(monkeypatch, problem, direction):
+    pytest.importorskip("triton")
+    target = pytest.importorskip("fap_kernels.target")
+    monkeypatch.setattr(target, "target_of", lambda device: target.SM_90)
+    monkeypatch.setattr(target, "processors_of", lambda device: 132)
+    on_gpu = replace(problem, device="cuda", dtype="bf16")
+    told = tile_sizes(on_gpu, replace(problem, dtype="bf16").draw(), direction)
+    if problem is PAGED_DECODE:
+        assert re.fullmatch(r"decode \d+x\d+ warps \d+ stages \d+ splits \d+", told)
+    else:
+        assert ("forward" in told) == (direction != "bwd")
+        assert ("dkdv" in told and "dq" in told) == (direction != "fwd")
+    assert tile_sizes(problem, problem.draw(), direction) is None
+
+
+def test_hopper_kernels_are_a_peer_of_their_own():
+    pytest.importorskip("fap_kernels")
+    why = FapHopper().absent("cuda", "prefill")
+    assert why is None or "hopper" in why
+    assert "not for decode" in FapHopper().absent("cuda", "decode")
+    assert FapTriton().absent("cuda", "decode") is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ GPU waits.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
@@ -36,9 +37,14 @@ def compile_ahead(
     """
     # A fork of a process that has talked to the GPU cannot.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_alone) as pool:
         for _ in as_completed([pool.submit(_run_once, peer, point, directions) for peer, point in work]):
             yield
+
+
+def _alone() -> None:
+    """Keep TorchInductor from starting a process for every core in each of these."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def _run_once(peer: Peer, problem: Problem, directions: Sequence[Direction]) -> None:

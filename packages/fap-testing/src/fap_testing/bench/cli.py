@@ -118,12 +118,18 @@ def decode(
     head_dims: options.HeadDims = "",
     seqlens: options.Seqlens = "",
     batches: Annotated[
-        str, typer.Option(help="Batch sizes, separated by commas.", show_default="by device")
+        str,
+        typer.Option(
+            help="Batch sizes, separated by commas; or BATCHxSEQLEN of each point, without --seqlens.",
+            show_default="by device",
+        ),
     ] = "",
     kv_heads: Annotated[int, typer.Option(min=1, help="Key/value heads.")] = 8,
     group: options.Group = 8,
     queries: Annotated[int, typer.Option(min=1, help="New queries of each sequence.")] = 1,
-    page_size: Annotated[int, typer.Option(min=0, help="Keys in a page of the cache; 0 for no pages.")] = 0,
+    page_sizes: Annotated[
+        str, typer.Option(help="Keys in a page of the cache, separated by commas; 0 for no pages.")
+    ] = "0",
     ragged: Annotated[
         bool, typer.Option("--ragged", help="Lengths from a quarter of --seqlens up to it.")
     ] = False,
@@ -162,8 +168,8 @@ def decode(
             device=choice.device,
         )
         for head_dim in options.numbers(head_dims or default_dims, "--head-dims")
-        for batch in options.numbers(batches or default_batches, "--batches")
-        for seqlen in options.numbers(seqlens or default_lengths, "--seqlens")
+        for batch, seqlen in _cache_sizes(batches or default_batches, seqlens, default_lengths)
+        for page_size in options.numbers(page_sizes, "--page-sizes", least=0)
     ]
     timer = GraphTimer() if graph else None
     run(choice, points, ["fwd"], _timed(choice, timer), graph=graph)
@@ -285,6 +291,20 @@ def _packed_lengths(text: str, tokens: int) -> list[tuple[int, ...]]:
             (seqlen,) = options.numbers(name, "--seqlens (besides mixed)")
             lengths.append((seqlen,) * max(1, tokens // seqlen))
     return lengths
+
+
+def _cache_sizes(batches: str, seqlens: str, default_lengths: str) -> list[tuple[int, int]]:
+    """Return batch size and length of each point."""
+    if "x" not in batches:
+        lengths = options.numbers(seqlens or default_lengths, "--seqlens")
+        return [(batch, seqlen) for batch in options.numbers(batches, "--batches") for seqlen in lengths]
+    if seqlens:
+        raise typer.BadParameter(f"--batches {batches} says the lengths already, got --seqlens {seqlens}")
+    pairs = [name.split("x") for name in options.names(batches, "--batches")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise typer.BadParameter(f"--batches takes BATCHxSEQLEN for all points or for none, got {batches!r}")
+    found = [options.numbers(",".join(pair), "--batches") for pair in pairs]
+    return [(batch, seqlen) for batch, seqlen in found]
 
 
 def _cache_lengths(seqlen: int, batch: int, *, ragged: bool) -> tuple[int, ...]:

@@ -181,8 +181,8 @@ def directions(text: str) -> list[Any]:
     return list(dict.fromkeys(names(text, "--direction", _MEASURED)))
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Split an option's value into positive numbers.
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
+    """Split an option's value into numbers of at least ``least``.
 
     Raises:
         typer.BadParameter: something else is among them.
@@ -191,8 +191,10 @@ def numbers(text: str, option: str) -> list[int]:
         found = [int(name) for name in names(text, option)]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise typer.BadParameter(f"{option} takes numbers of at least 1, separated by commas, got {text!r}")
+    if not found or min(found) < least:
+        raise typer.BadParameter(
+            f"{option} takes numbers of at least {least}, separated by commas, got {text!r}"
+        )
     return found
 
 

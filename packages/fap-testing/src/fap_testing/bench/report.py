@@ -64,7 +64,7 @@ _STYLES = {
     "varlen": _Style("TFLOP/s", _tflops, lambda row: row.measures["tflops"], more_is_better=True),
     "decode": _Style(
         "microseconds (GB/s)",
-        lambda row: f"{_three_digits(1e3 * row.measures['ms'])} ({row.measures['gbps']:.0f})",
+        lambda row: f"{_three_digits(1e3 * row.measures['ms'])} ({_three_digits(row.measures['gbps'])})",
         lambda row: row.measures["ms"],
         more_is_better=False,
     ),

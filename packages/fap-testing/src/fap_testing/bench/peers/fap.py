@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fap_testing.bench.peers.base import EVERY_DTYPE, AutogradCalls, KernelCalls, Peer, first_of, import_error
 from fap_testing.bench.peers.fap_kernels import mask_options, packing_of, tile_sizes
+from fap_testing.bench.varlen import Varlen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fap_testing.bench.peers.base import Calls
     from fap_testing.bench.prefill import Prefill
     from fap_testing.bench.problem import Direction, Problem, Tensors
-    from fap_testing.bench.varlen import Varlen
 
 __all__ = ["FapApi", "FapModule"]
 
@@ -69,11 +69,17 @@ class FapApi(Peer):
         return f"fap_api's back ends here are {', '.join(available)}, got {self.backend!r}"
 
     def configuration(self, problem: Problem, tensors: Tensors, direction: Direction) -> str | None:
-        """Return the back end that a dense call takes, and the tile sizes where that is Triton."""
-        if problem.kind != "prefill":
-            return None
-        tensors = tensors._replace(q=tensors.q.detach().requires_grad_(direction != "fwd"))
-        explained = importlib.import_module("fap_api").explain(*tensors[:3], **mask_options(problem))
+        """Return the back end that the call takes, and the tile sizes where that is Triton."""
+        api = importlib.import_module("fap_api")
+        inputs = (tensors.q.detach().requires_grad_(direction != "fwd"), *tensors[1:3])
+        options = mask_options(problem)
+        if isinstance(problem, Varlen):
+            explained = api.explain_varlen(*inputs, *packing_of(problem, tensors), **options)
+        elif problem.kind == "decode":
+            cache = {"cache_seqlens": tensors.cache_seqlens, "block_table": tensors.block_table}
+            explained = api.explain_with_kvcache(*inputs, **cache, **options)
+        else:
+            explained = api.explain(*inputs, **options)
         tiles = tile_sizes(problem, tensors, direction) if explained.backend == "triton" else None
         return f"{explained.backend}: {tiles}" if tiles else f"{explained.backend}"
 

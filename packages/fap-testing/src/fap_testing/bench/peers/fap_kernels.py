@@ -176,7 +176,7 @@ def _described(problem: Problem, tensors: Tensors, **where: Any) -> Any:
     """Return the call as fap_kernels's own description."""
     if isinstance(problem, Varlen):
         packing = importlib.import_module("fap_kernels.packing").Packing
-        where["packing"] = packing.describe(tensors.q, *packing_of(problem, tensors))
+        where["packing"] = packing.describe(tensors.q, tensors.k, *packing_of(problem, tensors))
     kernels = importlib.import_module("fap_kernels")
     return kernels.AttentionProblem.describe(*tensors[:3], **where, **mask_options(problem))
 

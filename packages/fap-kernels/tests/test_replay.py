@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from fap_kernels import (
+    apply_rotary,
     attention_backward,
     attention_forward,
     attention_kvcache_forward,
     attention_varlen_backward,
     attention_varlen_forward,
+    kvcache_append,
 )
 from fap_kernels.launch import Launch
 from fap_kernels.replay import Replay, Replays
@@ -90,6 +92,31 @@ def test_a_call_that_launched_a_copy_is_not_kept(on_cpu: None) -> None:
     assert Replay.of([(launch_of(other=q), Compiled())], {"q": q}, {}) is None
 
 
+def test_an_append_and_a_rotation_are_kept(on_cpu: None) -> None:
+    """Every tensor of their launches is found among those given."""
+    from fap_kernels.cache import Cache
+    from fap_kernels.decode.launch import plan_append
+    from fap_kernels.rotary.launch import plan_rotary
+
+    cache, k, cos = torch.zeros(2, 32, 2, 16), torch.zeros(2, 1, 2, 16), torch.zeros(32, 4)
+    v_cache, v, sin, out = (x.clone() for x in (cache, k, cos, k))
+    lengths, index = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    places = Cache.describe(k, cache, lengths, cache_batch_idx=index)
+    append = plan_append(cache, v_cache, k, v, places, (cos, sin), True)
+    given = {
+        "k_cache": cache, "v_cache": v_cache, "k": k, "v": v, "cache_seqlens": lengths,
+        "cache_batch_idx": index, "block_table": None, "cos": cos, "sin": sin,
+    }  # fmt: skip
+    assert Replay.of([(append, Compiled())], given, {}) is not None
+
+    turn = plan_rotary(k, out, cos, sin, lengths, None, 1, interleaved=False, conjugate=False)
+    given = {"x": k, "out": None, "cos": cos, "sin": sin, "offsets": lengths, "cu_seqlens": None}
+    replay = Replay.of([(turn, Compiled())], given, {"out": out})
+    assert replay is not None
+    (made,) = replay.run(*given.values())
+    assert made.shape == out.shape
+
+
 @pytest.mark.gpu
 class TestOnGpu:
     def test_keys_tell_calls_apart(self) -> None:
@@ -146,6 +173,37 @@ class TestOnGpu:
         fresh = step([1, 199, 200], *(x.repeat(1, 2, 1)[:, :4] for x in (q, k, v)))
         for mine, right in zip(again, fresh, strict=True):
             assert torch.equal(mine, right)
+
+    def test_a_repeated_append_and_rotation_see_their_own_tensors(self) -> None:
+        """In pages and not, in place and not, with columns that are not turned."""
+        angles = torch.rand(64, 8, device="cuda") * 6
+        cos, sin = angles.cos().half(), angles.sin().half()
+        table = torch.tensor([[3, 1], [0, 2]], device="cuda", dtype=torch.int32)
+        for pages in (None, table):
+            results = []
+            for repeat in range(3):
+                torch.manual_seed(repeat // 2)  # the last is of other numbers
+                shape = (4, 32, 2, 64) if pages is not None else (2, 64, 2, 64)
+                k_cache, v_cache = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(2))
+                k, v, x = (torch.randn(2, 3, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+                lengths = torch.tensor([5, 30], device="cuda", dtype=torch.int32) + repeat // 2
+                before = k_cache.clone()
+                kvcache_append(
+                    k_cache, v_cache, k, v, lengths, block_table=pages, rotary_cos=cos, rotary_sin=sin
+                )
+                turned = apply_rotary(k, cos, sin, interleaved=True, seqlen_offsets=lengths)
+                rows = k_cache if pages is None else k_cache[pages.long()].flatten(1, 2)
+                for b, start in enumerate(lengths.tolist()):
+                    appended = rows[b, start : start + 3]
+                    torch.testing.assert_close(appended, turned[b], atol=2e-3, rtol=2e-3)
+                assert int((k_cache != before).any(-1).any(-1).sum()) == 6
+                assert torch.equal(turned[..., 16:], k[..., 16:])
+                in_place = x.clone()
+                assert apply_rotary(in_place, cos, sin, seqlen_offsets=lengths, out=in_place) is in_place
+                assert torch.equal(in_place, apply_rotary(x, cos, sin, seqlen_offsets=lengths))
+                results.append((k_cache, v_cache, turned))
+            for first, again in zip(*results[:2], strict=True):
+                assert torch.equal(first, again)
 
     @pytest.mark.parametrize("num_splits", [1, 4])
     def test_a_repeated_decoding_step_sees_its_own_tensors(self, num_splits: int) -> None:

@@ -175,13 +175,17 @@ def append(
     cache: Cache,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
     interleaved: bool,
+    keep: Keep | None = None,
 ) -> None:
     """Write k, rotated by ``angles``, and v into the cache."""
     require_supported(problem)
     from .decode.launch import plan_append
 
     k, v = unit_last_stride(k, v)
-    plan_append(k_cache, v_cache, k, v, cache, angles, interleaved).run(k.device)
+    launch = plan_append(k_cache, v_cache, k, v, cache, angles, interleaved)
+    compiled = launch.run(k.device)
+    if keep is not None:
+        keep([(launch, compiled)], {})
 
 
 def unit_last_stride(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

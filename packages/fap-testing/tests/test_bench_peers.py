@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -182,6 +183,58 @@ def test_the_tile_sizes_of_a_call_on_a_gpu_are_told(monkeypatch, problem, direct
         assert ("forward" in told) == (direction != "bwd")
         assert ("dkdv" in told and "dq" in told) == (direction != "fwd")
     assert tile_sizes(problem, problem.draw(), direction) is None
+
+
+@pytest.fixture
+def schedules(monkeypatch):
+    """fap_kernels as it is where it has more than one family."""
+    kernels = pytest.importorskip("fap_kernels")
+    pytest.importorskip("triton")
+    held = []
+
+    @contextmanager
+    def use_schedule(name):
+        held.append(name)
+        yield
+        held.append(None)
+
+    def forward_reasons_against(problem, target):
+        return ["too short"] if problem.seqlen_q < 20 else []
+
+    row = SimpleNamespace(config="tiles of 128")
+    monkeypatch.setattr(kernels, "use_schedule", use_schedule, raising=False)
+    monkeypatch.setattr("fap_kernels.target.target_of", lambda device: None)
+    conditions = {"forward_reasons_against": forward_reasons_against}
+    install_fake(monkeypatch, "fap_kernels.hopper", {})
+    install_fake(monkeypatch, "fap_kernels.hopper.conditions", conditions)
+    install_fake(monkeypatch, "fap_kernels.hopper.config", {"choose": lambda problem: row})
+    return held
+
+
+def test_each_family_of_kernels_is_measured_by_itself(schedules):
+    hopper, portable = FapHopper(), FapTriton()
+    assert hopper.absent("cuda", "prefill") is None or "sm_90" in hopper.absent("cuda", "prefill")
+    for peer in (hopper, portable):
+        with peer.scope():
+            assert schedules[-1] == peer.family
+    assert schedules[-1] is None
+    for problem in (PREFILL, CAUSAL, VARLEN, VARLEN_WINDOW):
+        bf16 = replace(problem, dtype="bf16", device="cuda")
+        assert hopper.unsupported_reasons(bf16, "fwd") == []
+        assert "forward pass alone" in hopper.unsupported_reasons(bf16, "bwd")[0]
+        assert portable.unsupported_reasons(bf16, "bwd") == []
+    short = Prefill(batch=1, seqlen_q=16, seqlen_k=16, **{**SIZES, "dtype": "bf16"})
+    assert hopper.unsupported_reasons(short, "fwd") == ["too short"]
+
+
+def test_the_family_that_a_call_takes_is_recorded(schedules, monkeypatch):
+    target = pytest.importorskip("fap_kernels.target")
+    monkeypatch.setattr(target, "target_of", lambda device: target.SM_90)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    on_gpu, tensors = replace(CAUSAL, device="cuda"), CAUSAL.draw()
+    assert FapHopper().configuration(on_gpu, tensors, "fwd") == "forward tiles of 128"
+    assert FapKernels().configuration(on_gpu, tensors, "both").startswith("forward tiles of 128, dkdv ")
+    assert "warps" in FapTriton().configuration(on_gpu, tensors, "fwd")
 
 
 def test_hopper_kernels_are_a_peer_of_their_own():

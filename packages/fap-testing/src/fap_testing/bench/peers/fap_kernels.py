@@ -33,10 +33,11 @@ class FapKernels(Peer):
     directions = ("fwd", "bwd", "both")
     commands: ClassVar[tuple[str, ...]] = ("overhead",)
     compiles = True
+    family: ClassVar[str] = ""
 
     def configuration(self, problem: Problem, tensors: Tensors, direction: Direction) -> str | None:
         """Return the rows that the configuration tables hold for the call."""
-        return tile_sizes(problem, tensors, direction)
+        return tile_sizes(problem, tensors, direction, self.family)
 
     def prefill(self, problem: Prefill, tensors: Tensors) -> Calls:
         """Return calls of attention_forward and attention_backward."""
@@ -82,7 +83,7 @@ class FapTriton(FapKernels):
     """The portable Triton kernels, whatever fap_kernels itself would choose."""
 
     name = "fap-triton"
-    family: ClassVar[str] = "portable"
+    family = "portable"
     commands: ClassVar[tuple[str, ...]] = ("prefill", "varlen", "decode", "memory")
 
     def absent(self, device: str, kind: str) -> str | None:
@@ -150,8 +151,13 @@ def packing_of(problem: Varlen, tensors: Tensors) -> tuple[Any, ...]:
     return tensors.cu_seqlens, tensors.cu_seqlens, longest, longest
 
 
-def tile_sizes(problem: Problem, tensors: Tensors, direction: Direction) -> str | None:
-    """Return which rows of the portable kernels' tables a call on a GPU takes; None where it is on a CPU."""
+def tile_sizes(problem: Problem, tensors: Tensors, direction: Direction, family: str = "") -> str | None:
+    """Return which rows of the kernels' tables a call on a GPU takes; None where it is on a CPU.
+
+    Args:
+        problem, tensors, direction: the call.
+        family: the one that it is held to, or "" for fap_kernels's own choice.
+    """
     if problem.device != "cuda":
         return None
     if problem.kind == "decode":
@@ -160,16 +166,18 @@ def tile_sizes(problem: Problem, tensors: Tensors, direction: Direction) -> str 
     choose = importlib.import_module("fap_kernels.config").choose
     target = importlib.import_module("fap_kernels.target").target_of(tensors.q.device)
     backward = importlib.import_module("fap_kernels.backward.config")
+    hopper = None if family == "portable" or direction == "bwd" else _schedules.hopper_configuration(problem)
     tables: dict[str, Any] = {}
-    if direction != "bwd":
+    if direction != "bwd" and hopper is None:
         tables["forward"] = importlib.import_module("fap_kernels.forward.config").FORWARD
     if direction in ("bwd", "both"):
         tables |= {"dkdv": backward.DKDV, "dq": backward.DQ}
     chosen = {name: choose(table, described, target) for name, table in tables.items()}
-    return ", ".join(
+    portable = [
         f"{name} {c.block_m}x{c.block_n} warps {c.num_warps} stages {c.num_stages}"
         for name, c in chosen.items()
-    )
+    ]
+    return ", ".join(([f"forward {hopper}"] if hopper else []) + portable)
 
 
 def _described(problem: Problem, tensors: Tensors, **where: Any) -> Any:

@@ -43,14 +43,7 @@ class Compiled:
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
     """Compile ``launch`` for ``chip`` as Triton's launcher would, specialisations included."""
-    signature: dict[str, Any] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        signature[parameter.name] = _describe(
-            value, (index,), parameter.is_constexpr, parameter.name in UNSPECIALIZED, constexprs, attributes
-        )
+    signature, constexprs, attributes = specialize(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     with pytest.MonkeyPatch.context() as environment:
         # AMD's code is read as assembly and need not be linked; Triton 3.4 carries no linker of its own.
@@ -59,6 +52,21 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     registers, spills, warnings = _resources(compiled, chip)
     assembly = compiled.asm["amdgcn"] if chip.startswith("gfx") else compiled.asm["ptx"]
     return Compiled(compiled.metadata.shared, registers, spills, assembly, warnings)
+
+
+def specialize(
+    launch: Launch,
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """The signature, constexprs and attributes that Triton compiles a launch by."""
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = _describe(
+            value, (index,), parameter.is_constexpr, parameter.name in UNSPECIALIZED, constexprs, attributes
+        )
+    return signature, constexprs, attributes
 
 
 def _describe(value, path, is_constexpr, unspecialized, constexprs, attributes):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import Compiled, compile_launch
+from ahead_of_time import Compiled, compile_launch, specialize
 
 from fap_kernels import target as targets
 from fap_kernels.backward.config import DKDV, DQ
-from fap_kernels.backward.launch import BackwardInputs, plan_delta, plan_dkdv, plan_dq
+from fap_kernels.backward.launch import BackwardInputs, padded_rows, plan_delta, plan_dkdv, plan_dq
 from fap_kernels.cache import Cache
 from fap_kernels.config import Row, choose
 from fap_kernels.decode.config import DECODE, DECODE_MANY
@@ -114,6 +114,25 @@ def test_packed_sequences_compile(kernel: str, chip: str) -> None:
         assert_asynchronous(compiled)
 
 
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("kernel", [*TABLES, "delta"])
+def test_no_length_of_packed_sequences_makes_triton_compile_again(
+    kernel: str, head_dim: int, chip: str
+) -> None:
+    def of(total: int, longest: int, batch: int) -> Any:
+        bounds = torch.zeros(batch + 1, dtype=torch.int32)
+        q, k, v, dout = (torch.empty(total, 2, head_dim, dtype=torch.bfloat16) for _ in range(4))
+        packing = Packing.describe(q, k, bounds, bounds, longest, longest)
+        problem = AttentionProblem.describe(q, k, v, causal=True, packing=packing)
+        entry = [x[None] for x in (q, k, v, dout)]
+        return specialize(_launch(kernel, chip, problem, *entry, None, None, packing))
+
+    usual = of(total=400, longest=200, batch=3)
+    for total, longest, batch in ((1, 1, 1), (193, 193, 1), (399, 16, 50), (2048, 1001, 7)):
+        assert of(total, longest, batch) == usual
+
+
 def decode_rows() -> list[Any]:
     return [
         pytest.param(table, row, id=f"{name}-{row.family}-{row.head_dim}-{_kind(row)}")
@@ -210,10 +229,13 @@ def _launch(
 ) -> Launch:  # fmt: skip
     target = TARGETS[chip]
     if kernel == "forward":
-        vector = torch.empty(1, 2, 256)
+        vector = torch.empty(1, 2, q.shape[1])
         return plan_forward(problem, target, q, k, v, torch.empty_like(q), vector, slopes, rng_state, packing)
-    vector = torch.empty(1, 2, 512)
+    vector = torch.empty(1, 2, padded_rows(q.shape[1], problem.batch if problem.packed else 0))
     inputs = BackwardInputs(q, k, v, dout, vector, vector, slopes, rng_state, packing)
+    if kernel == "delta":
+        vector = torch.empty(1, 2, q.shape[1])
+        return plan_delta(problem, torch.empty_like(q), vector, vector, inputs)
     if kernel == "dkdv":
         return plan_dkdv(problem, target, inputs, torch.empty_like(k), torch.empty_like(v))
     return plan_dq(problem, target, inputs, torch.empty_like(q))

@@ -94,7 +94,9 @@ def backward(
     inputs = BackwardInputs(q, k, v, dout, lse, delta, alibi_slopes, rng_state, packing)
     target = target_of(q.device)
     launches = (
-        plan_delta(problem, out, softmax_lse.contiguous(), dlse, inputs),
+        plan_delta(
+            problem, out, softmax_lse.contiguous(), None if dlse is None else dlse.contiguous(), inputs
+        ),
         plan_dkdv(problem, target, inputs, dk, dv),
         plan_dq(problem, target, inputs, dq),
     )

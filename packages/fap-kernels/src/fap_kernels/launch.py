@@ -61,6 +61,7 @@ UNSPECIALIZED = (
     "offset",
     "seqlen",
     "seqlen_new",
+    "lse_rows",
 )
 """Numbers whose value must never make Triton compile again."""
 
@@ -104,8 +105,12 @@ def part_arguments(head_dim: int) -> dict[str, int]:
 
 
 def strides_of(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of (batch, seqlen, nheads) in elements."""
-    return x.stride(0), x.stride(1), x.stride(2)
+    """Strides of (batch, seqlen, nheads) in elements.
+
+    Of a single batch entry, as packed sequences are, the first is never used, and would make Triton compile
+    again for totals that it is not a multiple of 16 for.
+    """
+    return 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2)
 
 
 def descriptors_fit(target: Target, *tensors: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
-    softmax_lse, lse_strides, dlse, dlse_strides, lse, delta,
+    softmax_lse, lse_rows, dlse, lse, delta,
     cu_seqlens_q, seqused_q,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -41,13 +41,11 @@ def attention_delta_kernel(
     row_delta = parts.row_dot(out_tile, dout_tile)
     row = first + tl.arange(0, BLOCK_M)
     exists = row < seqlen_q
+    strides = (nheads * lse_rows, lse_rows)
     if dlse is not None:
-        entry_dlse = rows.vector_of(dlse, dlse_strides, q_batch, head, 0)
-        gradient = tl.load(
-            entry_dlse + (q_start + row) * tl.cast(dlse_strides[2], tl.int64), mask=exists, other=0.0
-        )
-        row_delta -= gradient
-    entry_lse = rows.vector_of(softmax_lse, lse_strides, q_batch, head, q_start)
+        entry_dlse = rows.vector_of(dlse, strides, q_batch, head, q_start)
+        row_delta -= tl.load(entry_dlse + row, mask=exists, other=0.0)
+    entry_lse = rows.vector_of(softmax_lse, strides, q_batch, head, q_start)
     row_lse = tl.load(entry_lse + row, mask=exists, other=float("inf"))
     start = spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
     padded_row = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + row

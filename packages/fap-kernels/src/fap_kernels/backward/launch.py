@@ -71,7 +71,7 @@ def plan_delta(
     dlse: torch.Tensor | None,
     inputs: BackwardInputs,
 ) -> Launch:
-    """The launch that fills ``inputs.lse`` and ``inputs.delta``."""
+    """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors."""
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
     packing = packing_arguments(inputs.packing)
@@ -84,9 +84,8 @@ def plan_delta(
             "dout": inputs.dout,
             "dout_strides": strides_of(inputs.dout),
             "softmax_lse": softmax_lse,
-            "lse_strides": softmax_lse.stride()[:2],
+            "lse_rows": softmax_lse.shape[2],
             "dlse": dlse,
-            "dlse_strides": None if dlse is None else dlse.stride(),
             "lse": inputs.lse,
             "delta": inputs.delta,
             "nheads": problem.nheads,

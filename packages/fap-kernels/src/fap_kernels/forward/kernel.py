@@ -23,7 +23,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_forward_kernel(
     q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
-    out, out_strides, lse, lse_strides, alibi_slopes, alibi_stride, rng_state,
+    out, out_strides, lse, lse_rows, alibi_slopes, alibi_stride, rng_state,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
     cache_batch_idx, cache_leftpad, cache_rows, rows_added, block_table, table_stride, page_bits,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right,
@@ -92,7 +92,7 @@ def attention_forward_kernel(
         factor *= dropout.scale
     out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q, None)
     rows.store(out_rows, head, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
-    entry_lse = rows.vector_of(lse, lse_strides, q_batch, head, q_start)
+    entry_lse = rows.vector_of(lse, (nheads * lse_rows, lse_rows), q_batch, head, q_start)
     rows.store_vector(entry_lse, first_query, row_lse, seqlen_q, BLOCK_M)
 
 

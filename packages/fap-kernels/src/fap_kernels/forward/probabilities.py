@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_probabilities_kernel(
     q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1,
-    lse, lse_strides, weights, alibi_slopes, alibi_stride, rng_state,
+    lse, lse_rows, weights, alibi_slopes, alibi_stride, rng_state,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table, table_stride, page_bits,
     nheads, group, seqlen_q, seqlen_k, rows_stored, columns_stored, window_left, window_right,
     softmax_scale, softcap, keep_threshold,
@@ -43,7 +43,7 @@ def attention_probabilities_kernel(
     k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k, pages)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
     k_tile = rows.load(k_rows, head // group, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, True)
-    entry_lse = rows.vector_of(lse, lse_strides, q_batch, head, q_start)
+    entry_lse = rows.vector_of(lse, (nheads * lse_rows, lse_rows), q_batch, head, q_start)
     row_lse = tl.load(entry_lse + queries, mask=queries < seqlen_q, other=float("inf"))
     distances = masks.distance(window, queries, keys)
     x = scores.logits(score, head, parts.contract(q_tile, k_tile), distances)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -46,15 +47,24 @@ def rotary(
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved must be True or False, got {type(interleaved).__name__}")
     rest = (cos, sin, interleaved, offset, offsets, cu_seqlens, longest, False, _backend(x))
-    if not inplace:
-        return _rotary_ops.rotary(x, *rest)  # type: ignore[no-any-return]
-    if not (needs_grad and x.requires_grad):
-        _rotary_ops.rotary_(x, *rest)
-        return x
+    needs_grad = needs_grad and x.requires_grad
+    if not (needs_grad or compiling):
+        # Without a gradient to record, the operators' autograd kernels would cost time and do nothing.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _run(x, inplace, rest)
+    if not (needs_grad and inplace):
+        return _run(x, inplace, rest)
     if compiling:
         # Compilers take an in-place custom function apart badly; they make one write of this.
         return x.copy_(_rotary_ops.rotary(x, *rest))
     return _rotary_ops.TurnInPlace.apply(x, *rest)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _run(x: torch.Tensor, inplace: bool, rest: tuple[Any, ...]) -> torch.Tensor:
+    if not inplace:
+        return _rotary_ops.rotary(x, *rest)  # type: ignore[no-any-return]
+    _rotary_ops.rotary_(x, *rest)
+    return x
 
 
 def _check_rows(x: Any, cu_seqlens: Any, max_seqlen: Any) -> None:
@@ -101,7 +111,7 @@ def _backend(x: torch.Tensor) -> str:
     explicit, chosen_by = select.setting()
     if explicit == "torch":
         return "torch"
-    reasons = _reasons_against_triton(x.dtype, x.device)
+    reasons = _known_reasons(x.dtype, x.device)
     if explicit == "triton" and reasons:
         raise RuntimeError(
             f"the back end 'triton' was chosen by {chosen_by} and cannot run this call: {'; '.join(reasons)}"
@@ -109,7 +119,18 @@ def _backend(x: torch.Tensor) -> str:
     return "torch" if reasons else "triton"
 
 
+# Asking whether Triton is installed takes longer than a rotation. The variable is all that can change.
+_reasons: dict[tuple[object, ...], list[str]] = {}
+
+
 @constant_in_graphs
+def _known_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
+    key = (dtype, device, os.environ.get("TRITON_INTERPRET"))
+    if key not in _reasons:
+        _reasons[key] = _reasons_against_triton(dtype, device)
+    return _reasons[key]
+
+
 def _reasons_against_triton(dtype: torch.dtype, device: torch.device) -> list[str]:
     from fap_kernels.support import tensor_reasons
 

@@ -28,8 +28,8 @@ class KVCache:
             ``block_table[b, p // page_size]``; None without pages. At first every sequence has pages of its
             own; whoever shares them writes here.
         longest: a bound on ``seqlens`` that the host knows without asking the device, by which growth past
-            max_seqlen is refused. Replays of a CUDA graph do not move it: count their tokens with
-            :meth:`require_room`.
+            max_seqlen is refused. Replays of a CUDA graph do not move it: add their tokens to it. Without
+            that, a sequence that is full stays as it was.
 
     Raises:
         ValueError: a size outside its range.

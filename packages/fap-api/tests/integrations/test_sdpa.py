@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 
 from fap_api.backends.torch_ import TorchBackend

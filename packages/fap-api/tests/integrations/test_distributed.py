@@ -1,4 +1,4 @@
-"""Attention over a sequence in parts, by processes that talk over gloo, against one with the whole."""
+"""Attention over parts, by processes that talk over gloo, against one with the whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fap_api.integrations import _ring
 
-SCRIPT = Path(__file__).with_name("context_parallel_rank.py")
+SCRIPT = Path(__file__).with_name("distributed_rank.py")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

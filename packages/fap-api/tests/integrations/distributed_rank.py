@@ -1,4 +1,4 @@
-"""One process of the context-parallel tests: ``context_parallel_rank.py RANK WORLD_SIZE STORE``."""
+"""One process of test_distributed.py: ``distributed_rank.py RANK WORLD_SIZE STORE``."""
 
 from __future__ import annotations
 
@@ -49,6 +49,59 @@ def check_refusals(mesh):
         shard_sequence(x, mesh)
 
 
+def check_dtensors(mesh):
+    """Shards of batches and of heads give the whole's results, without a word between the processes."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    import fap_api.integrations.dtensor
+
+    fap_api.integrations.dtensor.register()
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(4, 6, heads, 8) for heads in (8, 4, 4))
+    slopes, dout = torch.rand(8), torch.randn(4, 6, 8, 8)
+    bounds = torch.tensor([0, 5, 5, 24], dtype=torch.int32)
+
+    def dense(q, k, v, slopes, bounds):
+        return fap_api.flash_attn_func(q, k, v, causal=True, alibi_slopes=slopes, return_attn_probs=True)[:2]
+
+    def packed(q, k, v, slopes, bounds):
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        options = {"causal": True, "alibi_slopes": slopes, "return_attn_probs": True}
+        return fap_api.flash_attn_varlen_func(q, k, v, bounds, bounds, 19, 19, **options)[:2]
+
+    heads, batches = Shard(2), Shard(0)
+    for attend, cut, out_cut, lse_cut in (
+        (dense, batches, batches, batches),
+        (dense, heads, heads, Shard(1)),
+        (packed, heads, Shard(1), Shard(0)),
+    ):
+        inputs = [distribute_tensor(x, mesh, [cut]).requires_grad_() for x in (q, k, v)]
+        extras = slopes, bounds
+        shared = [
+            distribute_tensor(slopes, mesh, [Shard(0) if cut == heads else Replicate()]),
+            distribute_tensor(bounds, mesh, [Replicate()]),
+        ]
+        weight = distribute_tensor(dout if attend is dense else dout.flatten(0, 1), mesh, [out_cut])
+        with CommDebugMode() as spoken:
+            out, lse = attend(*inputs, *shared)
+            loss = (out * weight).to_local().sum() + lse.to_local().sum()
+            gradients = torch.autograd.grad(loss, inputs)
+        assert out.placements == (out_cut,)
+        assert lse.placements == (lse_cut,)
+        assert spoken.get_total_counts() == 0
+
+        whole = [x.clone().requires_grad_() for x in (q, k, v)]
+        right, right_lse = attend(*whole, *extras)
+        expected = torch.autograd.grad((right * dout.view(right.shape)).sum() + right_lse.sum(), whole)
+        for x, y in zip((out, lse, *gradients), (right, right_lse, *expected), strict=True):
+            torch.testing.assert_close(x.full_tensor(), y.detach() if not y.is_leaf else y)
+
+    dropped = [distribute_tensor(x, mesh, [heads]) for x in (q, k, v)]
+    with pytest.raises(RuntimeError, match="dropout_p must be 0.0 for DTensors, got 0.5"):
+        fap_api.flash_attn_func(*dropped, 0.5)
+
+
 def main():
     rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
@@ -60,6 +113,8 @@ def main():
                 check(mesh, method, causal, nheads_k)
         check(mesh, method, True, 2, torch.bfloat16)
     check_refusals(mesh)
+    if world_size == 2:
+        check_dtensors(mesh)
     dist.barrier()
     dist.destroy_process_group()
 

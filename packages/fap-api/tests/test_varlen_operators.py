@@ -132,6 +132,24 @@ class TestCompile:
         compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(q, pages, *where), attention(q, pages, *where))
 
+    def test_a_longest_length_that_the_graph_itself_computes(self, compile_counter, monkeypatch):
+        monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+
+        def attention(q, k, v, cu_seqlens):
+            longest = cu_seqlens.diff().max()
+            return fap_api.flash_attn_varlen_func(
+                q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True
+            )
+
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        tensors = draw(((5, 9), (5, 9)))
+        for lengths in ((5, 9), (13, 1)):
+            got, right = (function(*tensors, bounds(lengths)) for function in (compiled, attention))
+            assert torch.equal(got, right)
+        got, right = (torch.autograd.grad(out.sum(), tensors) for out in (got, right))
+        assert all(map(torch.equal, got, right))
+        assert compile_counter["unique_graphs"] == 1
+
     @pytest.mark.gpu
     def test_on_gpu(self, compile_counter):
         check_compiled(torch.compile(training_loss, fullgraph=True, dynamic=True), "cuda", torch.float16)

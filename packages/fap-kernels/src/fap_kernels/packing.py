@@ -159,6 +159,10 @@ def check_length(name: str, value: Any) -> int:
     """
     # torch.compile follows isinstance on symbolic numbers, but not operator.index.
     length = value if isinstance(value, int) and not isinstance(value, bool) else _as_index(name, value)
+    if torch.compiler.is_compiling():
+        # Of a number that the graph itself reads from a tensor nothing is known while it is traced.
+        torch._check(length >= 0)
+        return length
     if length < 0:
         raise ValueError(f"{name} must be at least 0, got {length}")
     return length

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 import fap_api
 from fap_testing.cases_varlen import select_varlen
-from fap_testing.conformance import VarlenConformance, VarlenSubject
+from fap_testing.conformance import VarlenConformance, VarlenSubject, check_varlen_case
+from fap_testing.strategies_varlen import varlen_cases
 
 
 def on(backend):
@@ -30,6 +32,18 @@ class TestTorch(VarlenConformance):
 class TestTorchOtherDtypes(VarlenConformance):
     subject = VarlenSubject(attention=on("torch"), dtypes=(torch.float16, torch.float64), repeats=2)
     cases = [case for case in select_varlen("quick") if case.name.startswith(("combined", "seqused"))]
+
+
+# The fixture that undoes the choice of a back end has nothing to undo between examples.
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=varlen_cases())
+def test_drawn_cases(case):
+    check_varlen_case(TestTorch.subject, case, torch.float32)
 
 
 @pytest.mark.gpu

@@ -182,6 +182,10 @@ class CudaBackend:
         """Run flash-attn's backward over packed sequences, which has no gradient of the LSE."""
         if dlse is not None:
             raise RuntimeError(_NO_LSE_GRADIENT)
+        if packing.max_seqlen_k == 0:
+            # Its grid over the keys would be empty, which CUDA refuses.
+            dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+            return dq, dk, dv
         head_dim = q.shape[2]
         shift = _packed_alibi_shift(score, q, packing)
         if shift is not None:

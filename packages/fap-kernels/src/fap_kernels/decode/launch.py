@@ -105,7 +105,8 @@ def plan_decode(
                 k_cache, v_cache, config.block_n, (part["PART0"], part["PART1"]), target, None, cache
             ),
             "share_out": share_out,
-            "out_strides": strides_of(share_out[0]),
+            # Not strides_of, which takes a single batch entry for one that is never stepped over.
+            "out_strides": share_out.stride()[1:4],
             "share_lse": share_lse,
             "lse_strides": share_lse[0].stride()[:2],
             "nheads_k": problem.nheads_k,

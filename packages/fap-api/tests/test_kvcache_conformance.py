@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import hypothesis
 import pytest
 import torch
 
 import fap_api
 from fap_testing.cases_kvcache import select_kvcache
 from fap_testing.conformance import KVCacheConformance, KVCacheSubject
+from fap_testing.conformance.kvcache import check_kvcache_case
+from fap_testing.strategies_kvcache import kvcache_cases
 
 ON_A_DEVICE = {"overflow_check"}  # lengths on a device are not read
 
@@ -60,3 +65,33 @@ class TestTorchOnGpu(KVCacheConformance):
         unsupported=ON_A_DEVICE | {"batch_invariant"},
     )
     cases = few("combined", "paged", "leftpad", "batch_idx")
+
+
+def settings(examples):
+    # A busy machine takes its time.
+    return hypothesis.settings(max_examples=examples, deadline=None, derandomize=True)
+
+
+def check_drawn(backend, case, dtype, device):
+    check_kvcache_case(KVCacheSubject(attention=on(backend), dtypes=(dtype,), device=device), case, dtype)
+
+
+@settings(60)
+@hypothesis.given(case=kvcache_cases())
+def test_drawn_cases(case):
+    check_drawn("torch", case, torch.float32, "cpu")
+
+
+@settings(60)
+@hypothesis.given(case=kvcache_cases())
+def test_drawn_cases_without_reading_lengths(case):
+    """As on a device, where the whole capacity is visited under a mask."""
+    with mock.patch("fap_api.backends.torch_.known_to_the_host", return_value=False):
+        check_drawn("torch", case, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@settings(150)
+@hypothesis.given(case=kvcache_cases(max_capacity=700, max_head_dim=128))
+def test_drawn_cases_on_gpu(case):
+    check_drawn("triton", case, torch.bfloat16, "cuda")

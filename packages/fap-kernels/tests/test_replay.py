@@ -17,7 +17,10 @@ from fap_kernels import (
     attention_kvcache_forward,
     attention_varlen_backward,
     attention_varlen_forward,
+    execute,
     kvcache_append,
+    target,
+    varlen,
 )
 from fap_kernels.launch import Launch
 from fap_kernels.replay import Replay, Replays
@@ -115,6 +118,90 @@ def test_an_append_and_a_rotation_are_kept(on_cpu: None) -> None:
     assert replay is not None
     (made,) = replay.run(*given.values())
     assert made.shape == out.shape
+
+
+class TestPackedSequences:
+    """Every tensor of a call over packed sequences is known by its name, so the call is kept."""
+
+    @pytest.fixture(autouse=True)
+    def stand_ins(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+        """Launch nothing, and keep what is planned for a Hopper chip under one key; the kernels launched."""
+        launched: list[Compiled] = []
+
+        def run(launch: Launch, device: torch.device) -> Compiled:
+            launched.append(Compiled())
+            return launched[-1]
+
+        monkeypatch.setattr(Launch, "run", run)
+        monkeypatch.setattr(target, "target_of", lambda _: target.SM_90)
+        monkeypatch.setattr(execute, "require_supported", lambda _: None)
+        monkeypatch.setattr(Replays, "key", lambda *_: "key")
+        for name in ("_forward_replays", "_backward_replays"):
+            monkeypatch.setattr(varlen, name, Replays())
+        return launched
+
+    @staticmethod
+    def draw(paged: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and options of a call, in new memory."""
+        bounds = torch.tensor([0, 100, 400], dtype=torch.int32)
+        tensors = {
+            "q": torch.randn(400, 4, 64, dtype=torch.float16),
+            "k": torch.randn(*((25, 16) if paged else (400,)), 2, 64, dtype=torch.float16),
+            "v": torch.randn(*((25, 16) if paged else (400,)), 2, 64, dtype=torch.float16),
+            "cu_seqlens_q": bounds.clone(),
+            "cu_seqlens_k": bounds.clone(),
+            "alibi_slopes": torch.rand(4),
+        }
+        if paged:
+            tensors["block_table"] = torch.zeros(2, 19, dtype=torch.int32)
+        return tensors, {"max_seqlen_q": 300, "max_seqlen_k": 300, "causal": True}
+
+    @staticmethod
+    def assert_launched_with(
+        launched: list[Compiled], mine: dict[str, torch.Tensor], others: dict[str, torch.Tensor]
+    ) -> None:
+        values = [value for kernel in launched for call in kernel.calls for value in call]
+        addresses = {
+            x.data_ptr() for value in values if isinstance(x := getattr(value, "base", value), torch.Tensor)
+        }
+        assert all(kernel.calls for kernel in launched)
+        assert {x.data_ptr() for x in mine.values()} <= addresses
+        assert not {x.data_ptr() for x in others.values()} & addresses
+
+    @pytest.mark.parametrize("paged", [False, True])
+    def test_forward(self, stand_ins: list[Compiled], paged: bool) -> None:
+        first, options = self.draw(paged)
+        attention_varlen_forward(**first, **options)
+        again, _ = self.draw(paged)
+        out, lse, _ = attention_varlen_forward(**again, **options)
+        assert len(stand_ins) == 1
+        self.assert_launched_with(stand_ins, {**again, "out": out, "lse": lse}, first)
+        assert (out.shape, lse.shape) == ((400, 4, 64), (4, 400))
+
+    def test_backward(self, stand_ins: list[Compiled]) -> None:
+        def call() -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+            tensors, options = self.draw(paged=False)
+            tensors |= {"dout": torch.randn_like(tensors["q"]), "out": torch.randn_like(tensors["q"])}
+            tensors |= {"softmax_lse": torch.randn(4, 400), "dlse": torch.randn(4, 400)}
+            return tensors, attention_varlen_backward(**tensors, **options)
+
+        first, _ = call()
+        again, gradients = call()
+        assert len(stand_ins) == 3
+        self.assert_launched_with(
+            stand_ins, again | dict(zip(("dq", "dk", "dv"), gradients, strict=True)), first
+        )
+        for gradient, name in zip(gradients, "qkv", strict=True):
+            assert gradient.shape == again[name].shape
+
+    def test_rows_that_no_kernel_writes_are_not_left_to_a_replay(self, stand_ins: list[Compiled]) -> None:
+        tensors, options = self.draw(paged=False)
+        used = torch.tensor([3, 300], dtype=torch.int32)
+        for _ in range(2):
+            out, lse, _ = attention_varlen_forward(**tensors, **options, seqused_q=used)
+            assert not out.any()
+            assert (lse == torch.inf).all()
+        assert len(stand_ins) == 2
 
 
 @pytest.mark.gpu

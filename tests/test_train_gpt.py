@@ -1,0 +1,67 @@
+"""The training example holds what it shows: one graph, checkpoints, autocast, export, FSDP2."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def train_gpt(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("train_gpt", EXAMPLES / "train_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "switches",
+    [["--checkpoint", "--autocast"], ["--export"], ["--compile", "--backend", "aot_eager"]],
+    ids=lambda switches: switches[0],
+)
+def test_it_trains(train_gpt, capsys, switches):
+    assert train_gpt.main(["--device", "cpu", "--steps", "40", *switches]) == 0
+    printed = capsys.readouterr().out
+    assert "Attention's forward ran 2 times in one step of 2 layers" in printed
+    assert ("Exported, saved and loaded, it computes the same" in printed) == ("--export" in switches)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_it_trains_on_a_gpu(train_gpt):
+    assert train_gpt.main(["--device", "cuda", "--compile", "--checkpoint", "--autocast", "--export"]) == 0
+
+
+def test_it_fails_if_attention_runs_twice(train_gpt, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt, "_keep_attention", train_gpt.partial(_keep_nothing))
+    assert train_gpt.main(["--device", "cpu", "--steps", "40", "--checkpoint"]) == 1
+    assert "Attention's forward ran 4 times" in capsys.readouterr().out
+
+
+def _keep_nothing():
+    from torch.utils.checkpoint import noop_context_fn
+
+    return noop_context_fn()
+
+
+def test_it_trains_sharded_over_two_processes():
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(EXAMPLES / "train_gpt.py")]
+    command += ["--device", "cpu", "--steps", "40", "--checkpoint"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Attention's forward ran 2 times in one step of 2 layers") == 2

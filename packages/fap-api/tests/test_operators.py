@@ -224,6 +224,18 @@ def test_flops_are_counted_forward_and_backward():
     assert causal.get_total_flops() == 2 * 2 * 2 * 4 * 8 * (8 * 9 // 2)
 
 
+def test_recording_a_graph_does_not_go_through_the_schema(monkeypatch):
+    def fill_defaults(*_):
+        pytest.fail("each call paid for looking up defaults that the operators do not have")
+
+    monkeypatch.setattr("torch._library.utils.fill_defaults", fill_defaults)
+    q, k, v = draw()
+    torch.autograd.grad(fap_api.flash_attn_func(q, k, v).sum(), (q, k, v))
+    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = (q[0], k[0, :9], v[0, :9], lengths, lengths, 5, 5)
+    torch.autograd.grad(fap_api.flash_attn_varlen_func(*packed).sum(), (q, k, v))
+
+
 def test_an_unused_lse_costs_the_backward_nothing(monkeypatch):
     from fap_api.backends.torch_ import TorchBackend
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fap_api import _flops
+from fap_api._autograd import register_autograd
 from fap_api.backends.base import Score
 from fap_api.backends.registry import get_backend
 
@@ -192,5 +193,5 @@ def refuse_second_derivative(*_: Any) -> None:
     )
 
 
-torch.library.register_autograd("fap::attention_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
+register_autograd(attention_forward, _differentiate, _save, _LIBRARY)
 torch.library.register_autograd("fap::attention_backward", refuse_second_derivative, lib=_LIBRARY)

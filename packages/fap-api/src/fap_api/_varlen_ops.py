@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fap_api import _flops
+from fap_api._autograd import register_autograd
 from fap_api._ops import SCORE, refuse_second_derivative
 from fap_api.backends.base import Score
 from fap_api.backends.registry import get_backend
@@ -192,9 +193,7 @@ PAGES_HAVE_NO_GRADIENT = (
     "accepted: calls under torch.no_grad(), or k and v packed without a block_table"
 )
 
-torch.library.register_autograd(
-    "fap::attention_varlen_forward", _differentiate, setup_context=_save, lib=_LIBRARY
-)
+register_autograd(attention_varlen_forward, _differentiate, _save, _LIBRARY)
 torch.library.register_autograd("fap::attention_varlen_backward", refuse_second_derivative, lib=_LIBRARY)
 
 # For those who counted before this module, the last one with operators that count, was imported; everybody

@@ -1,0 +1,59 @@
+"""Make an operator differentiable, at a third of the host time of ``torch.library.register_autograd``.
+
+That function fills in an operator's default arguments on every call, in a time that grows with the square of
+their number: 26 us for the eleven of dense attention, which has no defaults. Otherwise this does the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["register_autograd"]
+
+
+def register_autograd(
+    operator: Any,
+    differentiate: Callable[..., tuple[torch.Tensor | None, ...]],
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    library: torch.library.Library,
+) -> None:
+    """Register the gradient of an operator that takes no list of tensors, no keyword and no default.
+
+    Args:
+        operator: the overload.
+        differentiate: called with the context and the gradients of all outputs, returns one for each input.
+        save: called with the context, the inputs and the outputs.
+        library: the fragment that defines the operator, and is kept alive.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *arguments, keyset = inputs
+            outputs = _below_autograd(operator, keyset, *arguments)
+            save(ctx, tuple(arguments), outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return (*differentiate(ctx, *gradients), None)
+
+    Recorded.__name__ = f"BackwardFor_{operator.name().replace('::', '_')}"
+
+    def run(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            # The keyset comes last, so that ctx.needs_input_grad counts the operator's own inputs.
+            return Recorded.apply(*inputs, keyset)  # type: ignore[no-untyped-call]
+        return _below_autograd(operator, keyset, *inputs)
+
+    library.impl(operator, run, "Autograd", with_keyset=True)
+
+
+def _below_autograd(operator: Any, keyset: Any, *inputs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)

@@ -159,7 +159,7 @@ def test_importing_does_nothing_else(wheels, package):
 
 
 def test_only_triton_functions_go_without_types(wheels):
-    """mypy does not look into unannotated functions of the kernel modules, so they must be @triton.jit."""
+    """mypy does not look into unannotated functions of the kernel modules, so they must be @triton.jit or @gluon.jit."""
     for module in (wheels["fap_kernels"] / "fap_kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.FunctionDef):

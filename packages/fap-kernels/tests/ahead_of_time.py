@@ -39,19 +39,35 @@ class Compiled:
     spills: int
     assembly: str
     warnings: tuple[str, ...]
+    cubin: bytes = b""
 
 
 def compile_launch(launch: Launch, chip: str) -> Compiled:
     """Compile ``launch`` for ``chip`` as Triton's launcher would, specialisations included."""
     signature, constexprs, attributes = specialize(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    source = _source_class(launch.kernel)(
+        fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes
+    )
     with pytest.MonkeyPatch.context() as environment:
         # AMD's code is read as assembly and need not be linked; Triton 3.4 carries no linker of its own.
         environment.setenv("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
         compiled = triton.compile(source, target=GPU_TARGETS[chip], options={"num_warps": launch.num_warps})
     registers, spills, warnings = _resources(compiled, chip)
     assembly = compiled.asm["amdgcn"] if chip.startswith("gfx") else compiled.asm["ptx"]
-    return Compiled(compiled.metadata.shared, registers, spills, assembly, warnings)
+    cubin = compiled.asm.get("cubin", b"")
+    return Compiled(compiled.metadata.shared, registers, spills, assembly, warnings, cubin)
+
+
+def disassemble(compiled: Compiled) -> list[str]:
+    """The machine instructions of a kernel for NVIDIA, in order."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.cubin)
+        file.flush()
+        text = subprocess.run(
+            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);", text)
 
 
 def specialize(
@@ -88,7 +104,18 @@ def _describe(value, path, is_constexpr, unspecialized, constexprs, attributes):
         if not unspecialized and value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+    layout = (
+        f",{value.layout!r}" if hasattr(value, "layout") else ""
+    )  # Gluon's say how they lie in shared memory
+    return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}{layout}>"
+
+
+def _source_class(kernel) -> Any:
+    if not type(kernel).__name__.startswith("Gluon"):
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _resources(compiled, chip) -> tuple[int, int, tuple[str, ...]]:

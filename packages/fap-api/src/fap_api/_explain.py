@@ -29,12 +29,14 @@ class Explanation:
         chosen_by: what made the choice: ``use_backend`` or the environment variable.
         reasons: for every back end, why it cannot run the call; empty for those that can.
         error: the message that the call would raise with, or None.
+        schedule: how the back end would compute it, where it has more than one way; else None.
     """
 
     backend: str | None
     chosen_by: str
     reasons: Mapping[str, tuple[str, ...]]
     error: str | None = None
+    schedule: str | None = None
 
     def __str__(self) -> str:
         head = (
@@ -43,6 +45,8 @@ class Explanation:
             else f"attention would raise: {self.error}"
         )
         lines = [f"{head} ({self.chosen_by})"]
+        if self.schedule is not None:
+            lines.append(f"  {self.backend}: {self.schedule}")
         for name, reasons in self.reasons.items():
             if name == self.backend:
                 continue
@@ -153,6 +157,15 @@ def _explain(problem: AttentionProblem) -> Explanation:
     _, chosen_by = select.setting()
     reasons = {name: tuple(select.reasons_against(name, problem)) for name in BACKENDS}
     try:
-        return Explanation(select.choose(problem), chosen_by, reasons)
+        backend = select.choose(problem)
+        return Explanation(backend, chosen_by, reasons, schedule=_schedule(backend, problem))
     except (ImportError, RuntimeError) as error:
         return Explanation(None, chosen_by, reasons, str(error))
+
+
+def _schedule(backend: str, problem: AttentionProblem) -> str | None:
+    if backend != "triton":
+        return None
+    from fap_kernels import explain_schedule
+
+    return explain_schedule(problem)

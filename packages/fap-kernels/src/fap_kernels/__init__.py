@@ -10,6 +10,7 @@ from .attention import attention_backward, attention_forward, attention_probabil
 from .kvcache import attention_kvcache_forward, kvcache_append
 from .problem import AttentionProblem
 from .rotary.apply import apply_rotary
+from .schedule import explain_schedule, use_schedule
 from .support import unsupported_reasons
 from .varlen import attention_varlen_backward, attention_varlen_forward, attention_varlen_probabilities
 
@@ -23,7 +24,9 @@ __all__ = [
     "attention_varlen_backward",
     "attention_varlen_forward",
     "attention_varlen_probabilities",
+    "explain_schedule",
     "kvcache_append",
     "unsupported_reasons",
+    "use_schedule",
 ]
 __version__ = "0.1.0"

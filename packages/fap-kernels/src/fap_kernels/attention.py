@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from . import execute
 from .problem import AttentionProblem
 from .replay import Replays
+from .schedule import explicit_schedule
 from .support import require_supported
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def attention_forward(
     # With dropout there is another tensor, drawn anew each time: such calls are planned each time.
     key = None
     if dropout_p == 0.0:
-        options = (softmax_scale, causal, window_size, softcap, dropout_p)
+        options = (softmax_scale, causal, window_size, softcap, dropout_p, explicit_schedule())
         key = _forward_replays.key((q, k, v, alibi_slopes), options)
     replay = _forward_replays.find(key)
     if replay is not None:

@@ -39,8 +39,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return out, softmax_lse and rng_state. Packed tensors come, and go, as one batch entry."""
     require_supported(problem)
-    from .forward.launch import plan_forward
-    from .target import target_of
+    from .schedule import plan_forward_by_schedule
 
     rng_state = check_rng_state(problem, rng_state, draw=True)
     q, k, v = unit_last_stride(q, k, v)
@@ -50,12 +49,10 @@ def forward(
         # No program writes the rows that do not count.
         out.zero_()
         softmax_lse.fill_(torch.inf)
-    launch = plan_forward(
-        problem, target_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing
-    )
-    compiled = launch.run(q.device)
+    launches = plan_forward_by_schedule(problem, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing)
+    compiled = [launch.run(q.device) for launch in launches]
     if keep is not None:
-        keep([(launch, compiled)], {"out": out, "lse": softmax_lse})
+        keep(list(zip(launches, compiled, strict=True)), {"out": out, "lse": softmax_lse})
     return out, softmax_lse, rng_state
 
 

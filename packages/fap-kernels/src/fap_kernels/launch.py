@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNSPECIALIZED",
     "Launch",
+    "descriptor_fields",
     "descriptors_fit",
     "key_arguments",
     "option_arguments",
@@ -62,6 +63,8 @@ UNSPECIALIZED = (
     "seqlen",
     "seqlen_new",
     "lse_rows",
+    "tile_count",
+    "items",
 )
 """Numbers whose value must never make Triton compile again."""
 
@@ -138,9 +141,8 @@ def row_arguments(
     name: str, x: torch.Tensor, rows: int, parts: tuple[int, int], use_descriptors: bool, packed: bool
 ) -> dict[str, Any]:
     """The arguments by which a kernel loads tiles of ``rows`` rows of ``x``: by descriptor or by address."""
-    describe = _packed_descriptor if packed else _descriptor
-    part0 = describe(x, rows, parts[0]) if use_descriptors else None
-    part1 = describe(x, rows, parts[1]) if use_descriptors and parts[1] else None
+    part0 = _descriptor(x, rows, parts[0], packed) if use_descriptors else None
+    part1 = _descriptor(x, rows, parts[1], packed) if use_descriptors and parts[1] else None
     return {
         name: None if use_descriptors else x,
         f"{name}_strides": None if use_descriptors else strides_of(x),
@@ -207,27 +209,27 @@ def _rows_between_entries(k: torch.Tensor, v: torch.Tensor) -> int | None:
     return distances.pop() if len(distances) == 1 else None
 
 
-def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+def _descriptor(x: torch.Tensor, rows: int, columns: int, packed: bool) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    return TensorDescriptor(x, *descriptor_fields(x, rows, columns, packed))
+
+
+def descriptor_fields(
+    x: torch.Tensor, rows: int, columns: int, packed: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and block of the descriptor that fetches tiles of ``x``.
+
+    The tile's two sides come last, so that loading a tile drops the leading dimensions for free.
+    """
     batch, seqlen, nheads, head_dim = x.shape
     stride_b, stride_s, stride_h = _descriptor_strides(x)
-    # The tile's two sides come last, so that loading a tile drops the leading dimensions for free.
-    return TensorDescriptor(
-        x, [batch, nheads, seqlen, head_dim], [stride_b, stride_h, stride_s, 1], [1, 1, rows, columns]
-    )
-
-
-def _packed_descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    if not packed:
+        return [batch, nheads, seqlen, head_dim], [stride_b, stride_h, stride_s, 1], [1, 1, rows, columns]
     # fap_kernels.language.rows says how it works.
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    _, _, nheads, head_dim = x.shape
-    _, stride_s, stride_h = _descriptor_strides(x)
     wrap = 2**34 // x.element_size() - stride_s
     anything = 2**31 - 1
-    return TensorDescriptor(
-        x,
+    return (
         [anything, anything, nheads, MOST_ROWS, head_dim],
         [wrap, stride_s, stride_h, stride_s, 1],
         [1, 1, 1, rows, columns],

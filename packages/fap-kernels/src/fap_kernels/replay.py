@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Replay", "Replays"]
 
 MOST_REPLAYS = 4096
-_PLAIN = frozenset((bool, int, float, type(None)))
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 _BOUNDS = frozenset((int,))
 
 
@@ -160,7 +160,6 @@ class _Step:
         if not hasattr(compiled, "packed_metadata"):
             return None  # Triton's interpreter compiles nothing.
         from triton import knobs
-        from triton.tools.tensor_descriptor import TensorDescriptor
 
         step = cls(compiled, knobs.runtime, (launch.programs, 1, 1), [], [], [])
         order = list(named)
@@ -168,7 +167,8 @@ class _Step:
             value = launch.arguments[parameter.name]
             step.values.append(value)
             name = parameter.name.removesuffix("_part0").removesuffix("_part1")
-            tensor = value.base if isinstance(value, TensorDescriptor) else value
+            # Triton's descriptors and Gluon's are two classes with the same fields.
+            tensor = value.base if hasattr(value, "block_shape") else value
             if not isinstance(tensor, torch.Tensor):
                 continue
             original = named.get(name)

@@ -8,6 +8,7 @@ from . import execute
 from .packing import Packing
 from .problem import AttentionProblem
 from .replay import Replays
+from .schedule import explicit_schedule
 from .support import require_supported
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def attention_varlen_forward(
     # With dropout there is another tensor, drawn anew each time, and the rows that seqused_q leaves out are
     # written by no kernel: such calls are planned each time.
     if dropout_p == 0.0 and seqused_q is None:
-        options = (max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p)
+        options = (
+            max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p,
+            explicit_schedule(),
+        )  # fmt: skip
         key = _forward_replays.key(tuple(given.values()), options)
     replay = _forward_replays.find(key)
     if replay is not None:

@@ -51,7 +51,6 @@ def attention_forward_kernel(
     pages = rows.Pages(block_table + batch * table_stride, page_bits) if block_table is not None else None
     if cu_seqlens_q is not None and first_query >= seqlen_q:
         return
-    queries = first_query + tl.arange(0, BLOCK_M)
     window = masks.Window(window_left, window_right, seqlen_k - seqlen_q, seqlen_q, seqlen_k)
     slopes = alibi_slopes + batch * alibi_stride if alibi_slopes is not None else None
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, slopes)
@@ -62,38 +61,52 @@ def attention_forward_kernel(
     q_rows = rows.Rows(q, q_strides, q_part0, q_part1, q_batch, q_packed, seqlen_q, None)
     k_rows = rows.Rows(k, k_strides, k_part0, k_part1, k_batch, k_packed, seqlen_k, pages)
     v_rows = rows.Rows(v, v_strides, v_part0, v_part1, k_batch, k_packed, seqlen_k, pages)
+    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q, None)
+    entry_lse = rows.vector_of(lse, (nheads * lse_rows, lse_rows), q_batch, head, q_start)
+    compute_tile(
+        head, head // group, first_query, q_rows, k_rows, v_rows, out_rows, entry_lse, window, score, dropout,
+        HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def compute_tile(
+    head, head_k, first_query, q_rows, k_rows, v_rows, out_rows, entry_lse, window, score, dropout,
+    HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute the queries of a head from ``first_query`` on, and store their output and LSE."""
+    queries = first_query + tl.arange(0, BLOCK_M)
     q_tile = rows.load(q_rows, head, first_query, BLOCK_M, HEAD_DIM, PART0, PART1, True)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = parts.zeros(BLOCK_M, PART0, PART1)
     visit = tiles.keys_to_visit(window, first_query, BLOCK_M, BLOCK_N)
-    if window_left is not None:
+    if window.left is not None:
         for first_key in tl.range(
             visit.start, tl.minimum(visit.inner, visit.end), BLOCK_N, num_stages=STAGES
         ):
             acc, row_max, row_sum = attend(
-                head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+                head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
                 acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
             )  # fmt: skip
     for first_key in tl.range(visit.inner, visit.outer, BLOCK_N, num_stages=STAGES):
         acc, row_max, row_sum = attend(
-            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+            head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
             acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, False,
         )  # fmt: skip
     for first_key in tl.range(visit.outer, visit.end, BLOCK_N, num_stages=STAGES):
         acc, row_max, row_sum = attend(
-            head, head // group, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
+            head, head_k, q_tile, k_rows, v_rows, queries, first_key, window, score, dropout,
             acc, row_max, row_sum, HEAD_DIM, PART0, PART1, BLOCK_N, True,
         )  # fmt: skip
 
     factor, row_lse = softmax.finish(row_max, row_sum)
     if dropout is not None:
         factor *= dropout.scale
-    out_rows = rows.Rows(out, out_strides, None, None, q_batch, q_packed, seqlen_q, None)
     rows.store(out_rows, head, first_query, parts.scale_rows(acc, factor), BLOCK_M, HEAD_DIM, PART0, PART1)
-    entry_lse = rows.vector_of(lse, (nheads * lse_rows, lse_rows), q_batch, head, q_start)
-    rows.store_vector(entry_lse, first_query, row_lse, seqlen_q, BLOCK_M)
+    rows.store_vector(entry_lse, first_query, row_lse, window.seqlen_q, BLOCK_M)
 
 
 @triton.jit

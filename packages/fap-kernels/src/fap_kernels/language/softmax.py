@@ -13,8 +13,18 @@ def step(x, unit, row_max, row_sum, MASKED: tl.constexpr):
     """Take in one tile of logits ``x * unit``.
 
     Returns the tile's weights ``exp2(x * unit - max)``, the factor that brings earlier accumulators
-    to the new maximum, the new maximum and the new sum. Only a masked tile can leave a row without
-    any key so far; its maximum is still -inf, and 0 stands in for it so that no inf - inf arises.
+    to the new maximum, the new maximum and the new sum.
+    """
+    weights, rescale, new_max = rebase(x, unit, row_max, MASKED)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def rebase(x, unit, row_max, MASKED: tl.constexpr):
+    """What :func:`step` returns, without the sum.
+
+    Only a masked tile can leave a row without any key so far; its maximum is still -inf, and 0 stands
+    in for it so that no inf - inf arises.
     """
     new_max = tl.maximum(row_max, tl.max(x, 1) * unit)
     reference = new_max
@@ -22,7 +32,7 @@ def step(x, unit, row_max, row_sum, MASKED: tl.constexpr):
         reference = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(x * unit - reference[:, None])
     rescale = tl.exp2(row_max - reference)
-    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
+    return weights, rescale, new_max
 
 
 @triton.jit

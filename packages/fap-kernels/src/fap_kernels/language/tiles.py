@@ -19,18 +19,23 @@ class Visit(NamedTuple):
 
 @triton.jit
 def place(nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """This program's batch entry, head and first row, on a grid with the tile as fastest index.
+    """This program's batch entry, head and first row, on a grid with the tile as fastest index."""
+    return place_of(tl.program_id(0), nheads, length, BLOCK, LAST_FIRST)
+
+
+@triton.jit
+def place_of(index, nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Batch entry, head and first row of tile number ``index``, the tile of a head being the fastest index.
 
     ``LAST_FIRST`` starts with the sequence's end: under causal attention those query tiles have the
     most work, and the short ones fill the gaps at the end of the launch.
     """
-    pid = tl.program_id(0)
     count = tl.cdiv(length, BLOCK)
-    tile = pid % count
+    tile = index % count
     if LAST_FIRST:
         tile = count - 1 - tile
-    pid = pid // count
-    return pid // nheads, pid % nheads, tile * BLOCK
+    row = index // count
+    return row // nheads, row % nheads, tile * BLOCK
 
 
 @triton.jit
@@ -38,8 +43,7 @@ def place_share(nheads, splits, length, BLOCK: tl.constexpr):
     """This program's batch entry, head, share and first row, on a grid with the tile as fastest index.
 
     The head comes next: in a sequence-major cache the heads of one key lie side by side, and programs that
-        run
-    together then read memory in long stretches.
+    run together then read memory in long stretches.
     """
     pid = tl.program_id(0)
     count = tl.cdiv(length, BLOCK)

@@ -1,0 +1,49 @@
+"""Which calls the Hopper schedules are for. Everything else runs on the portable kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import torch
+
+from .config import choose
+
+if TYPE_CHECKING:
+    from ..problem import AttentionProblem
+    from ..target import Target
+
+__all__ = ["forward_reasons_against"]
+
+FEWEST_QUERIES = 65
+"""Fewer fill no second warpgroup."""
+
+
+def forward_reasons_against(problem: AttentionProblem, target: Target) -> list[str]:
+    """Every reason why the Hopper forward does not compute ``problem``, its tensors' addresses aside."""
+    if target.family != "sm_90":
+        return [f"it is written for sm_90, got {target.family}"]
+    reasons = []
+    if not _gluon_is_here():
+        reasons.append("it needs Triton 3.6 or later")
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"it computes float16 and bfloat16, got {problem.dtype}")
+    if problem.dropout_p > 0.0:
+        reasons.append(f"it has no dropout, got dropout_p {problem.dropout_p}")
+    if problem.paged or problem.cached:
+        reasons.append("it has neither pages nor a cache")
+    if problem.head_dim % 8:
+        reasons.append(f"head_dim must be a multiple of 8, got {problem.head_dim}")
+    if problem.seqlen_q < FEWEST_QUERIES:
+        reasons.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
+    row = choose(problem)
+    if row.config is None:
+        reasons.append(row.why)
+    return reasons
+
+
+@cache
+def _gluon_is_here() -> bool:
+    major, minor = version("triton").split(".")[:2]
+    return (int(major), int(minor)) >= (3, 6)

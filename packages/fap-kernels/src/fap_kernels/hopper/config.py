@@ -1,0 +1,175 @@
+"""Configurations of the Hopper schedules. docs/performance/hopper.md says how they were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..problem import AttentionProblem
+
+__all__ = ["FORWARD", "REDO", "HopperConfig", "HopperRow", "RedoConfig", "choose"]
+
+WARPGROUP_ROWS = 64
+"""Queries of one warpgroup."""
+
+
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """Shape and resources of one program.
+
+    Attributes:
+        width: columns of a tile, a power of two; what the head dimension lacks of it is filled with zeros.
+        warpgroups: how many of them multiply, 64 queries each.
+        block_n: keys in a tile.
+        stages: tiles of keys, and of values, that are fetched ahead.
+        persistent: one program a multiprocessor takes query tile after query tile. Otherwise a program takes
+            one, and the hardware hands them out.
+        paired: hand out pairs of a long and a short query tile, which under a causal mask all have the same
+            work.
+        overlap_tiles: start on the next query tile's scores beside the last product of this one; needs a
+            persistent program, and shared memory for another tile of queries.
+        optimistic: stop raising the reference of the softmax once each row has met a key.
+        turns: let one warpgroup multiply while another weighs.
+    """
+
+    width: int
+    warpgroups: int
+    block_n: int
+    stages: int
+    persistent: bool = False
+    paired: bool = False
+    overlap_tiles: bool = False
+    optimistic: bool = True
+    turns: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperRow:
+    """One row of the table: which calls it is for, and why it holds what it holds.
+
+    Attributes:
+        head_dim: the largest head dimension that it is for.
+        config: what to run; None for the portable kernel.
+        why: what was measured.
+        bounded: only with (True) or without (False) a window or causal mask; None is both.
+        plain: only calls without softcap and ALiBi (True), or with one of them (False); None is both.
+        packed: only packed sequences (True), or none (False); None is both.
+        seqlen_from: the least ``seqlen_k``.
+    """
+
+    head_dim: int
+    config: HopperConfig | None
+    why: str
+    bounded: bool | None = None
+    plain: bool | None = None
+    packed: bool | None = None
+    seqlen_from: int = 0
+
+    def fits(self, problem: AttentionProblem) -> bool:
+        """Whether the row is for this call."""
+        bounded = problem.window_left >= 0 or problem.window_right >= 0
+        plain = problem.softcap == 0.0 and problem.alibi is None
+        return (
+            problem.head_dim <= self.head_dim
+            and self.bounded in (None, bounded)
+            and self.plain in (None, plain)
+            and self.packed in (None, problem.packed)
+            and problem.seqlen_k >= self.seqlen_from
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RedoConfig:
+    """Shape and resources of a program that computes marked query tiles again.
+
+    Attributes:
+        block_m, block_n, num_warps, num_stages: as in :class:`fap_kernels.config.TileConfig`.
+        scan: query tiles that a program looks at.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    scan: int
+
+
+# One program a multiprocessor, which overlaps its query tiles, while its warpgroups take turns.
+_FLOWING = {"persistent": True, "overlap_tiles": True, "turns": True}
+
+# TFLOP/s against the portable kernel's and cuDNN's in the same run; H200, bf16, 16,384 tokens,
+# nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
+FORWARD = (
+    # What packing costs these schedules is not measured, so they take long sequences alone, on programs of
+    # one tile: the hardware evens out what sequences of different lengths leave uneven.
+    HopperRow(head_dim=64, packed=True, config=None, why="not measured"),
+    HopperRow(head_dim=128, packed=True, plain=True, seqlen_from=4096, config=HopperConfig(128, 2, 64, 4),
+              why="dense, causal: 575 at 8k, portable 480"),
+    HopperRow(head_dim=256, packed=True, plain=True, seqlen_from=4096, config=HopperConfig(256, 2, 64, 2),
+              why="dense, causal: 647 at 8k, portable 488"),
+    HopperRow(head_dim=256, packed=True, config=None, why="not measured"),
+
+    # ALiBi raises logits far from where the sweep starts, so a reference that stays would be outgrown.
+    HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 2, 64, 4, optimistic=False),
+              why="no spills with every option on; speed not measured"),
+    HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False),
+              why="no spills with every option on; speed not measured"),
+    HopperRow(head_dim=256, plain=False, config=HopperConfig(256, 2, 64, 2, optimistic=False),
+              why="no spills with every option on; speed not measured"),
+
+    HopperRow(head_dim=64, bounded=False, seqlen_from=1024,
+              config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
+              why="487 at 2k, 602 at 16k; portable 431, 450-504, cuDNN 459, 479; two warpgroups 468, 506"),
+    HopperRow(head_dim=64, bounded=False,
+              config=HopperConfig(64, 2, 128, 3, optimistic=False, **_FLOWING),
+              why="360 at 512; portable 329, cuDNN 392; optimistic 358"),
+    HopperRow(head_dim=64, bounded=True, seqlen_from=12288, config=HopperConfig(64, 3, 128, 3),
+              why="534 at 16k; portable 440, cuDNN 449; taking turns 521, pairs 507"),
+    HopperRow(head_dim=64, bounded=True, seqlen_from=4096,
+              config=HopperConfig(64, 2, 128, 3, paired=True, **_FLOWING),
+              why="469 at 8k; portable 426, cuDNN 439; three warpgroups 452"),
+    HopperRow(head_dim=64, bounded=True, config=None,
+              why="the portable kernel is faster: 350 against 334 at 2k, 208 against 167 at 512"),
+
+    HopperRow(head_dim=128, bounded=False, seqlen_from=1024,
+              config=HopperConfig(128, 2, 128, 2, **_FLOWING),
+              why="698 at 2k, 783 at 16k; portable 508, 533, cuDNN 615, 642; never optimistic 607, 632"),
+    HopperRow(head_dim=128, bounded=False,
+              config=HopperConfig(128, 2, 128, 2, optimistic=False, **_FLOWING),
+              why="492 at 512; portable 377, cuDNN 525; optimistic 486"),
+    HopperRow(head_dim=128, bounded=True, seqlen_from=4096, config=HopperConfig(128, 2, 128, 2),
+              why="646 at 8k, 720 at 16k; portable 497, 523, cuDNN 552, 574; pairs 628, 698"),
+    HopperRow(head_dim=128, bounded=True, seqlen_from=1024,
+              config=HopperConfig(128, 2, 64, 4, persistent=True, paired=True, overlap_tiles=True),
+              why="533 at 2k; portable 429, cuDNN 497; 128 keys 455"),
+    HopperRow(head_dim=128, bounded=True, config=None,
+              why="the portable kernel is faster: 252 against 246 at 512"),
+
+    HopperRow(head_dim=256, bounded=False, config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True),
+              why="522 at 512, 754 at 2k, 858 at 16k; portable 359, 479, 539, cuDNN 524, 649, 676"),
+    HopperRow(head_dim=256, bounded=True, seqlen_from=4096, config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="725 at 8k, 826 at 16k; portable 488, 539, cuDNN 556, 580; without turns 647, 761"),
+    HopperRow(head_dim=256, bounded=True,
+              config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True),
+              why="297 at 512, 603 at 2k; portable 238, 389, cuDNN 346, 539"),
+)  # fmt: skip
+
+# Run for marked tiles alone; small, so that many programs look at marks side by side.
+REDO = {
+    64: RedoConfig(64, 64, 4, 2, 16),
+    128: RedoConfig(64, 64, 4, 2, 16),
+    256: RedoConfig(64, 32, 8, 2, 16),
+}
+
+
+def choose(problem: AttentionProblem) -> HopperRow:
+    """The first row that fits.
+
+    Raises:
+        LookupError: no row fits, which is a mistake in the table.
+    """
+    for row in FORWARD:
+        if row.fits(problem):
+            return row
+    raise LookupError(f"no configuration for {problem}")

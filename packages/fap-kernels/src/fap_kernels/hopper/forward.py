@@ -1,0 +1,375 @@
+"""The forward pass on Hopper: one warp fetches, two or three warpgroups multiply, 64 queries each.
+
+The algorithm is FlashAttention-3's (Shah et al., arXiv:2407.08608): tiles come by TMA into rings of shared
+memory, products are asynchronous, and the softmax of one key tile runs beside a product of the one before.
+
+    fetcher      Q        K0 V0     K1 V1     K2 V2  ...          a stage is fetched again once
+                 |        |  |      |  |                          every warpgroup has given it back
+    warpgroup    S0=QK0   |  |      |  |
+                 softmax  |  |      |  |
+                 ┌ S1=QK1 ──────────┘  |    asynchronous          K1 is given back when S1 is there,
+                 │ O+=P0 V0 ┘          |    asynchronous          V0 when O is
+                 │ softmax of S1 ......|..  beside O+=P0 V0
+                 └ wait for O, rescale it if the maximum rose
+                 ┌ S2=QK2
+                 │ O+=P1 V1 ───────────┘
+                 ...
+                 ┌ S0=QK0 of the program's next query tile, where it stays for more than one
+                 │ O+=P V of the last key tile of this one
+                 └ O / sum through shared memory to memory, LSE = max + log(sum)
+
+Keys are swept from the last one down. First come the tiles that need a mask, then one that does not: they
+take the online softmax. From there on every row has met a key, and with ``OPTIMISTIC`` its maximum so far
+stays the reference: no maximum, no rescaling, a third less work between products. Should a later logit tower
+so far over it that something overflows, the LSE of that row becomes NaN, and
+:mod:`fap_kernels.forward.redo` computes its tile again. Rows whose result is not finite for the inputs' sake
+are computed twice as well; nothing else is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..language import masks, rows, scores
+from ..launch import UNSPECIALIZED
+from . import ring, softmax, turns, work
+
+ROWS = softmax.ROWS
+
+
+class Operands(NamedTuple):
+    """What the warps of a program share.
+
+    Fields:
+        call, score: what to compute.
+        alibi_stride: from one batch entry's ALiBi slopes to the next one's.
+        q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
+        staging: shared memory through which the output leaves, a tile for each warpgroup.
+        out, lse, lse_rows: where the results go, ``out`` by descriptor, and how many rows of LSE a head has.
+    """
+
+    call: Any
+    score: Any
+    alibi_stride: Any
+    q_ring: Any
+    k_ring: Any
+    v_ring: Any
+    staging: Any
+    out: Any
+    lse: Any
+    lse_rows: Any
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def hopper_forward_kernel(
+    q_part0, k_part0, v_part0, out_part0, lse, lse_rows, alibi_slopes, alibi_stride,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
+    WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
+    OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
+
+    Grid: any number of programs; ``items`` are query tiles, or pairs of them if ``PAIRED``, and program p
+    takes items p, p + programs, ...
+    """
+    call = work.Call(
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, nheads, group, seqlen_q, seqlen_k,
+        window_left, window_right, items,
+    )  # fmt: skip
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
+    # The next tile's queries come while this one's are still needed, if its scores are to start early.
+    Q_STAGES: gl.constexpr = 2 if OVERLAP_TILES else 1
+    queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
+    keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
+    values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
+    staging = queries.tiles  # no longer needed once a tile's output is there
+    if OVERLAP_TILES:
+        staging = gl.allocate_shared_memory(
+            out_part0.dtype, [WARPGROUPS] + out_part0.block_shape, out_part0.layout
+        )
+    fence_async_shared()
+    operands = Operands(call, score, alibi_stride, queries, keys, values, staging, out_part0, lse, lse_rows)
+    parts = (q_part0, k_part0, v_part0)
+    # A constexpr stays one only where it is written out in the call.
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (0, operands, WIDTH, BLOCK_N, STAGES, 2, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
+                ),
+                (
+                    _multiply,
+                    (1, operands, WIDTH, BLOCK_N, STAGES, 2, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
+                ),
+                (_fetch, (operands, parts, BLOCK_N, STAGES, 2, Q_STAGES, PAIRED)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (0, operands, WIDTH, BLOCK_N, STAGES, 3, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
+                ),
+                (
+                    _multiply,
+                    (1, operands, WIDTH, BLOCK_N, STAGES, 3, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
+                ),
+                (
+                    _multiply,
+                    (2, operands, WIDTH, BLOCK_N, STAGES, 3, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
+                ),
+                (_fetch, (operands, parts, BLOCK_N, STAGES, 3, Q_STAGES, PAIRED)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
+
+
+@gluon.jit
+def _fetch(
+    operands, parts, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Fill the rings, in the order in which the warpgroups empty them."""
+    call = operands.call
+    BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
+    q_stage, q_phase, stage, phase = 0, 0, 0, 0
+    turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
+    while work.there_is(call, turn, PAIRED):
+        tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
+        q_packed = tile.q_start if call.cu_seqlens_q is not None else None
+        k_packed = tile.k_start if call.cu_seqlens_k is not None else None
+        q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
+        k_rows = rows.Rows(None, None, parts[1], None, tile.k_batch, k_packed, tile.seqlen_k, None)
+        v_rows = rows.Rows(None, None, parts[2], None, tile.k_batch, k_packed, tile.seqlen_k, None)
+        for warpgroup in gl.static_range(WARPGROUPS):
+            slot = q_stage * WARPGROUPS + warpgroup
+            ring.fill(operands.q_ring, slot, q_phase, q_rows, tile.head, tile.first_query + warpgroup * ROWS)
+        q_stage, q_phase = ring.advance(q_stage, q_phase, Q_STAGES)
+        head_k = tile.head // call.group
+        sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+        for step in range(sweep.count):
+            first_key = sweep.top - step * BLOCK_N
+            ring.fill(operands.k_ring, stage, phase, k_rows, head_k, first_key)
+            ring.fill(operands.v_ring, stage, phase, v_rows, head_k, first_key)
+            stage, phase = ring.advance(stage, phase, STAGES)
+        turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
+
+
+@gluon.jit
+def _multiply(
+    WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    WARPGROUPS: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
+    OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Compute the 64 rows of one warpgroup of each query tile.
+
+    ``stage`` and ``phase`` are those of the keys to multiply next, ``v_stage`` and ``v_phase`` those of the
+    values, which are one step behind.
+    """
+    BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    Q_STAGES: gl.constexpr = 2 if OVERLAP_TILES else 1
+    call = operands.call
+    no_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
+    if TURNS:
+        turns.first_turn(WARPGROUP, WARPGROUPS)
+
+    turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
+    tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
+    sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    if OVERLAP_TILES:
+        there = work.there_is(call, turn, PAIRED)
+        q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
+        s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
+        x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
+        weights, _, row_max, sums = softmax.online_step(
+            x, scores.unit(operands.score), no_max, softmax.no_sums()
+        )
+        p = gl.convert_layout(weights.to(operands.out.dtype), P, assert_trivial=True)
+    while work.there_is(call, turn, PAIRED):
+        if not OVERLAP_TILES:
+            tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
+            sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+            q = _queries(operands.q_ring, q_slot, q_phase, True, WIDTH)
+            s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(operands.k_ring.empty.index(stage))
+            x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
+            weights, _, row_max, sums = softmax.online_step(
+                x, scores.unit(operands.score), no_max, softmax.no_sums()
+            )
+            p = gl.convert_layout(weights.to(operands.out.dtype), P, assert_trivial=True)
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
+        v_stage, v_phase = stage, phase
+        stage, phase = ring.advance(stage, phase, STAGES)
+        for step in range(1, sweep.settled):
+            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
+            )  # fmt: skip
+        for step in range(sweep.settled, sweep.unmasked_end):
+            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
+            )  # fmt: skip
+        if call.window_left is not None:
+            for step in range(gl.maximum(sweep.settled, sweep.unmasked_end), sweep.count):
+                acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                    q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                    tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
+                )  # fmt: skip
+
+        done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
+        turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
+        if OVERLAP_TILES:
+            mbarrier.arrive(operands.q_ring.empty.index(q_slot))
+        count += 1
+        q_slot = count % Q_STAGES * WARPGROUPS + WARPGROUP
+        q_phase = count // Q_STAGES & 1
+        if OVERLAP_TILES:
+            # S = Q K^T of the next tile's first keys runs beside O += P V of this one's last.
+            there = work.there_is(call, turn, PAIRED)
+            tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
+            sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+            q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
+            if TURNS:
+                turns.take_turn(WARPGROUP)
+            s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
+            acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
+            if TURNS:
+                turns.pass_turn(WARPGROUP, WARPGROUPS)
+            s = warpgroup_mma_wait(1, [s])
+            mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
+            x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
+            weights, _, row_max, sums = softmax.online_step(
+                x, scores.unit(operands.score), no_max, softmax.no_sums()
+            )
+            # Waited for already: the branch alone keeps the assembler from moving the next wait up.
+            mbarrier.wait(operands.v_ring.full.index(v_stage), v_phase)
+            acc, p = warpgroup_mma_wait(0, [acc, p])
+            p = gl.convert_layout(weights.to(operands.out.dtype), P, assert_trivial=True)
+        else:
+            acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
+            acc, p = warpgroup_mma_wait(0, [acc, p])
+        # The output before must have left the staging tile, and all warps must know it, which the barrier of
+        # the next line sees to.
+        tma.store_wait(0)
+        mbarrier.arrive(operands.v_ring.empty.index(v_stage))
+
+        factor, row_lse, row_sum = softmax.finish(done_max, done_sums)
+        if OPTIMISTIC:
+            row_lse = softmax.mark_overflow(row_lse, row_sum, acc)
+        first_row = done.first_query + WARPGROUP * ROWS
+        row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        strides = (call.nheads * operands.lse_rows, operands.lse_rows)
+        entry = rows.vector_of(operands.lse, strides, done.q_batch, done.head, done.q_start)
+        gl.store(entry + row, row_lse, mask=row < done.seqlen_q)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, O))[:, None]
+        q_packed = done.q_start if call.cu_seqlens_q is not None else None
+        out_rows = rows.Rows(None, None, operands.out, None, done.q_batch, q_packed, done.seqlen_q, None)
+        place = operands.staging.index(WARPGROUP if OVERLAP_TILES else done_slot)
+        ring.matrix(place, ROWS, WIDTH).store(acc.to(operands.out.dtype))
+        fence_async_shared()
+        ring.drain(place, out_rows, done.head, first_row)
+        if not OVERLAP_TILES:
+            tma.store_wait(0)
+            mbarrier.arrive(operands.q_ring.empty.index(done_slot))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _queries(queries, slot, phase, there, WIDTH: gl.constexpr):
+    """The warpgroup's queries, once they have arrived."""
+    mbarrier.wait(queries.full.index(slot), phase, pred=there)
+    return ring.matrix(queries.tiles.index(slot), ROWS, WIDTH)
+
+
+@gluon.jit
+def _multiply_keys(q, keys, stage, phase, there, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr,
+                   LAYOUT: gl.constexpr):  # fmt: skip
+    """Start ``S = Q K^T`` with the keys of a stage, once they have arrived."""
+    mbarrier.wait(keys.full.index(stage), phase, pred=there)
+    k = ring.matrix(keys.tiles.index(stage), BLOCK_N, WIDTH).permute([1, 0])
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _multiply_values(p, acc, values, stage, phase, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
+    """Start ``O += P V`` with the values of a stage, once they have arrived."""
+    mbarrier.wait(values.full.index(stage), phase)
+    return warpgroup_mma(p, ring.matrix(values.tiles.index(stage), BLOCK_N, WIDTH), acc, is_async=True)
+
+
+@gluon.jit
+def _logits(s, operands, tile, WARPGROUP: gl.constexpr, first_key, MASKED: gl.constexpr):
+    """The logits of a tile of scores, -inf where hidden, up to the factor ``scores.unit``."""
+    LAYOUT: gl.constexpr = s.type.layout
+    queries = tile.first_query + WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
+    keys = first_key + gl.arange(0, s.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
+    call, score, diagonal = operands.call, operands.score, tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    distances = masks.distance(window, queries, keys)
+    slopes = score.slopes + tile.batch * operands.alibi_stride if score.slopes is not None else None
+    own = scores.Scores(score.scale, score.folded_scale, score.softcap, slopes)
+    x = scores.logits(own, tile.head, s, distances)
+    if MASKED:
+        x = gl.where(masks.visible(window, distances, keys), x, float("-inf"))
+    return x
+
+
+@gluon.jit
+def _step(
+    q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+    tile, WARPGROUP: gl.constexpr, sweep, step,
+    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    TURNS: gl.constexpr, MASKED: gl.constexpr, OPTIMISTIC: gl.constexpr,
+):  # fmt: skip
+    """Multiply the step's keys beside the values of the step before, and weigh the one beside the other."""
+    S: gl.constexpr = row_max.type.layout.parent
+    if TURNS:
+        turns.take_turn(WARPGROUP)
+    s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
+    acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
+    if TURNS:
+        turns.pass_turn(WARPGROUP, WARPGROUPS)
+    s = warpgroup_mma_wait(1, [s])
+    mbarrier.arrive(operands.k_ring.empty.index(stage))
+    x = _logits(s, operands, tile, WARPGROUP, sweep.top - step * BLOCK_N, MASKED)
+    if OPTIMISTIC:
+        weights, sums = softmax.optimistic_step(x, scores.unit(operands.score), row_max, sums)
+    else:
+        weights, rescale, row_max, sums = softmax.online_step(x, scores.unit(operands.score), row_max, sums)
+    weights = weights.to(p.dtype)
+    next_stage, next_phase = ring.advance(stage, phase, STAGES)
+    # The next step's keys are waited for here, since the branch keeps the assembler from moving the wait for
+    # O above the exponentials.
+    mbarrier.wait(operands.k_ring.full.index(next_stage), next_phase, pred=step + 1 < sweep.count)
+    acc, p = warpgroup_mma_wait(0, [acc, p])
+    mbarrier.arrive(operands.v_ring.empty.index(v_stage))
+    if not OPTIMISTIC:
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p = gl.convert_layout(weights, p.type.layout, assert_trivial=True)
+    return acc, p, row_max, sums, next_stage, next_phase, stage, phase

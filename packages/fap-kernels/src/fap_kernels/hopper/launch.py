@@ -1,0 +1,144 @@
+"""Plan the Hopper forward: tensors and options in, launches out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..launch import (
+    Launch,
+    descriptor_fields,
+    option_arguments,
+    packing_arguments,
+    part_arguments,
+    strides_of,
+)
+from .config import REDO, WARPGROUP_ROWS, HopperConfig, choose
+from .redo import hopper_redo_kernel
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..packing import Packing
+    from ..problem import AttentionProblem
+
+__all__ = ["plan_hopper_forward", "plan_redo"]
+
+
+def plan_hopper_forward(
+    problem: AttentionProblem,
+    processors: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    packing: Packing | None = None,
+    config: HopperConfig | None = None,
+) -> list[Launch]:
+    """The launches that fill ``out`` and ``softmax_lse``; ``config`` overrides the table.
+
+    Args:
+        processors: multiprocessors of the chip.
+        q, k, v, out, softmax_lse: packed tensors come as one batch entry, as for
+            :func:`fap_kernels.forward.launch.plan_forward`.
+    """
+    from .forward import hopper_forward_kernel
+
+    config = config or choose(problem).config
+    if config is None:
+        raise LookupError(f"the table hands {problem} to the portable kernel")
+    common = _common_arguments(problem, softmax_lse, alibi_slopes, packing)
+    block_m = WARPGROUP_ROWS * config.warpgroups
+    tiles = -(-problem.seqlen_q // block_m)
+    items = problem.batch * problem.nheads * (-(-tiles // 2) if config.paired else tiles)
+    packed = problem.packed
+    forward = Launch(
+        kernel=hopper_forward_kernel,
+        programs=min(processors, items) if config.persistent else items,
+        arguments={
+            "q_part0": _descriptor(q, WARPGROUP_ROWS, config.width, packed),
+            "k_part0": _descriptor(k, config.block_n, config.width, packed),
+            "v_part0": _descriptor(v, config.block_n, config.width, packed),
+            "out_part0": _descriptor(out, WARPGROUP_ROWS, config.width, packed),
+            **common,
+            "items": items,
+            "WIDTH": config.width,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.stages,
+            "WARPGROUPS": config.warpgroups,
+            "OVERLAP_TILES": config.overlap_tiles,
+            "PAIRED": config.paired,
+            "OPTIMISTIC": config.optimistic,
+            "TURNS": config.turns,
+        },
+        num_warps=4,
+    )
+    if not config.optimistic:
+        return [forward]
+    return [forward, plan_redo(problem, q, k, v, out, softmax_lse, alibi_slopes, packing)]
+
+
+def plan_redo(
+    problem: AttentionProblem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    packing: Packing | None = None,
+    overlap: bool = True,
+) -> Launch:
+    """The launch that computes those query tiles again in whose ``softmax_lse`` there is a NaN.
+
+    Args:
+        overlap: start while the kernel before it still runs, and wait for it.
+    """
+    redo = next(config for head_dim, config in REDO.items() if problem.head_dim <= head_dim)
+    tiles = problem.batch * problem.nheads * -(-problem.seqlen_q // redo.block_m)
+    tensors = {"q": q, "k": k, "v": v, "out": out}
+    return Launch(
+        kernel=hopper_redo_kernel,
+        programs=-(-tiles // redo.scan),
+        arguments={
+            **tensors,
+            **{f"{name}_strides": strides_of(x) for name, x in tensors.items()},
+            **_common_arguments(problem, softmax_lse, alibi_slopes, packing),
+            "tile_count": tiles,
+            **part_arguments(problem.head_dim),
+            "BLOCK_M": redo.block_m,
+            "BLOCK_N": redo.block_n,
+            "STAGES": redo.num_stages,
+            "SCAN": redo.scan,
+            "OVERLAP": overlap,
+        },
+        num_warps=redo.num_warps,
+        overlap=overlap,
+    )
+
+
+def _common_arguments(
+    problem: AttentionProblem,
+    softmax_lse: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    packing: Packing | None,
+) -> dict[str, Any]:
+    options = option_arguments(problem, alibi_slopes, None)
+    dropout = ("rng_state", "keep_threshold", "keep_scale")
+    return {
+        "lse": softmax_lse,
+        "lse_rows": softmax_lse.shape[2],
+        **packing_arguments(packing),
+        "nheads": problem.nheads,
+        **{name: value for name, value in options.items() if name not in dropout},
+    }
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int, packed: bool) -> Any:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    shape, strides, block = descriptor_fields(x, rows, columns, packed)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(shape))
+    return TensorDescriptor(x, shape, strides, block, layout)

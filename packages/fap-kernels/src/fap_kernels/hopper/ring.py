@@ -1,0 +1,78 @@
+"""Rings of shared-memory tiles between the warp that fetches and the warpgroups that multiply."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ..language.rows import WRAPPING_ROWS
+from .compat import tma_load, tma_store
+
+
+class Ring(NamedTuple):
+    """Tiles that are filled and given back in turn.
+
+    Fields:
+        tiles: shared memory, one tile a stage; a tile has the shape of the descriptor's block.
+        full: one barrier a stage; a phase of it ends when the tile has arrived.
+        empty: one barrier a stage; a phase of it ends when every reader has given the tile back.
+    """
+
+    tiles: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def make_ring(like, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of ``STAGES`` empty tiles of the descriptor ``like``, each read by ``READERS`` warpgroups."""
+    tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=READERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring, and the phase that its barriers are in."""
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def fill(ring, stage, phase, rows, head, first):
+    """Fetch the tile of rows from ``first`` on into a stage, as soon as its readers have given it back."""
+    # A barrier that has never completed a phase counts as having completed the one before the first.
+    mbarrier.wait(ring.empty.index(stage), phase ^ 1)
+    mbarrier.expect(ring.full.index(stage), rows.part0.block_type.nbytes)
+    coordinates = coordinates_of(rows, head, first)
+    tma_load(rows.part0, coordinates, ring.full.index(stage), ring.tiles.index(stage))
+
+
+@gluon.jit
+def drain(tile, rows, head, first):
+    """Write a tile of shared memory to those rows from ``first`` on that exist."""
+    tma_store(rows.part0, coordinates_of(rows, head, first), tile)
+
+
+@gluon.jit
+def coordinates_of(rows, head, first):
+    """Where a descriptor finds a tile; ``fap_kernels.language.rows.WRAPPING_ROWS`` explains packed rows."""
+    if rows.packed is None:
+        return [rows.batch, head, first, 0]
+    else:
+        row = WRAPPING_ROWS - rows.length + first
+        return [WRAPPING_ROWS, rows.packed + rows.length, head, row, 0]
+
+
+@gluon.jit
+def matrix(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A tile of shared memory without its leading dimensions of one."""
+    return tile.reshape([ROWS, COLUMNS])

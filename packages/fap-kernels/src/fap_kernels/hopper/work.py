@@ -1,0 +1,146 @@
+"""What a program of the Hopper forward works on: query tile after query tile, and the keys that each visits.
+
+Plain ``@triton.jit`` without a launch of its own, so that the warp that fetches and the warpgroups that
+multiply find the same tiles in the same order without a word between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..language import masks, spans, tiles
+
+
+class Call(NamedTuple):
+    """What one launch computes.
+
+    Fields:
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: where packed sequences lie, or None.
+        nheads, group: query heads, and how many of them share a key head.
+        seqlen_q, seqlen_k: the lengths, or what no packed sequence exceeds.
+        window_left, window_right: as in :class:`fap_kernels.language.masks.Window`.
+        items: what the programs share: query tiles, or pairs of them.
+    """
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    nheads: Any
+    group: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    window_left: Any
+    window_right: Any
+    items: Any
+
+
+class Tile(NamedTuple):
+    """One query tile: whose it is, and where its sequence lies."""
+
+    batch: Any
+    head: Any
+    first_query: Any
+    q_batch: Any
+    q_start: Any
+    seqlen_q: Any
+    k_batch: Any
+    k_start: Any
+    seqlen_k: Any
+
+
+class Sweep(NamedTuple):
+    """The key tiles that a query tile visits, from the last one down.
+
+    Fields:
+        top: first key of the first tile visited; the next one is ``BLOCK_N`` below.
+        count: tiles visited, at least one, though all of its keys may be hidden.
+        settled: after this many steps every row that sees a key in an unmasked tile has met one.
+        unmasked_end: steps from ``settled`` up to here need no mask.
+    """
+
+    top: Any
+    count: Any
+    settled: Any
+    unmasked_end: Any
+
+
+@triton.jit
+def item_of(turn, PAIRED: tl.constexpr):
+    """Which item a program has at its turn number ``turn``: every ``programs``-th, twice if paired."""
+    if PAIRED:
+        return tl.program_id(0) + turn // 2 * tl.num_programs(0)
+    else:
+        return tl.program_id(0) + turn * tl.num_programs(0)
+
+
+@triton.jit
+def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
+    """Batch entry, head and first query of a turn, and whether there is such a tile.
+
+    With ``PAIRED`` an item is the n-th query tile from the end of a sequence and the n-th from its start:
+    under a causal mask all pairs have the same work, and programs that take equally many end together.
+    """
+    item = tl.minimum(item_of(turn, PAIRED), call.items - 1)
+    if PAIRED:
+        count = tl.cdiv(call.seqlen_q, BLOCK_M)
+        pairs = tl.cdiv(count, 2)
+        number = item % pairs
+        opposite = count - 1 - number
+        late = turn % 2 == 0
+        row = item // pairs
+        exists = late | (number != opposite)
+        first_query = tl.where(late, opposite, number) * BLOCK_M
+        return row // call.nheads, row % call.nheads, first_query, exists
+    else:
+        batch, head, first_query = tiles.place_of(
+            item, call.nheads, call.seqlen_q, BLOCK_M, call.window_right is not None
+        )
+        return batch, head, first_query, item >= 0
+
+
+@triton.jit
+def next_turn(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
+    """The first turn from ``turn`` on that has a tile, or one without an item where none has."""
+    turn = tl.cast(turn, tl.int32)
+    if PAIRED or call.cu_seqlens_q is not None:
+        exists = False
+        while there_is(call, turn, PAIRED) & (not exists):
+            batch, _, first_query, exists = place_of(call, turn, BLOCK_M, PAIRED)
+            _, _, length = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
+            exists = exists & (first_query < length)
+            turn += tl.where(exists, 0, 1)
+    return turn
+
+
+@triton.jit
+def there_is(call, turn, PAIRED: tl.constexpr):
+    """Whether a program has an item at a turn."""
+    return item_of(turn, PAIRED) < call.items
+
+
+@triton.jit
+def tile_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
+    """The query tile of a turn, or some tile if there is none."""
+    batch, head, first_query, _ = place_of(call, turn, BLOCK_M, PAIRED)
+    q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
+    k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
+    return Tile(batch, head, first_query, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
+
+
+@triton.jit
+def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The key tiles that a query tile visits."""
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    visit = tiles.keys_to_visit(window, tile.first_query, BLOCK_M, BLOCK_N)
+    count = tl.maximum(tl.cdiv(tl.maximum(visit.end - visit.start, 0), BLOCK_N), 1)
+    masked = tl.cdiv(tl.maximum(visit.end - visit.outer, 0), BLOCK_N)
+    unmasked = tl.maximum(visit.outer - visit.inner, 0) // BLOCK_N
+    # The masked tiles, and one that is not: its keys are seen by rows that the masked ones hid all keys from.
+    settled = tl.minimum(masked + 1, count)
+    unmasked_end = tl.minimum(masked + unmasked, count)
+    return Sweep(visit.start + (count - 1) * BLOCK_N, count, settled, unmasked_end)

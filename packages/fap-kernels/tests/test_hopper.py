@@ -1,0 +1,168 @@
+"""The Hopper forward without a GPU: compiled ahead of time, and how it is chosen."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import Compiled, compile_launch, disassemble
+
+from fap_kernels import AttentionProblem, explain_schedule, use_schedule
+from fap_kernels.hopper.conditions import forward_reasons_against
+from fap_kernels.hopper.config import FORWARD, HopperConfig, HopperRow, choose
+from fap_kernels.packing import Packing
+from fap_kernels.schedule import explicit_schedule
+from fap_kernels.target import SM_80, SM_90
+
+# Bytes a thread that a row may spill, stores and loads together: what the assemblers of Triton 3.6 to 3.9
+# were seen to spill, and a margin. Two warpgroups spill outside the loop that needs no mask. Three, with 160
+# registers a thread, spill 150 with Triton 3.6, where they were measured, and in that loop with later ones.
+SPILLS = {2: 256, 3: 2304}
+PROCESSORS = 132
+
+
+def gluon_is_here() -> bool:
+    return not any("Triton" in reason for reason in forward_reasons_against(describe()[0], SM_90))
+
+
+def describe(
+    head_dim: int = 128, seqlen_k: int = 256, packed: bool = False, dtype: torch.dtype = torch.bfloat16,
+    alibi: bool = False, seqlen_q: int = 256, **options: Any,
+) -> tuple[AttentionProblem, tuple[torch.Tensor, ...], torch.Tensor | None, Packing | None]:  # fmt: skip
+    q, k, v = (torch.empty(1, n, 4, head_dim, dtype=dtype) for n in (seqlen_q, seqlen_k, seqlen_k))
+    slopes = torch.ones(4) if alibi else None
+    packing = None
+    if packed:
+        bounds = torch.zeros(3, dtype=torch.int32)
+        packing = Packing.describe(q[0], k[0], bounds, bounds, seqlen_q, seqlen_k)
+    tensors = (x[0] if packed else x for x in (q, k, v))
+    problem = AttentionProblem.describe(*tensors, alibi_slopes=slopes, packing=packing, **options)
+    return problem, (q, k, v), slopes, packing
+
+
+def compile_forward(which: int = 0, config: HopperConfig | None = None, **call: Any) -> Compiled:
+    """The forward or, as number 1, the kernel that computes marked tiles again."""
+    from fap_kernels.hopper.launch import plan_hopper_forward
+
+    problem, (q, k, v), slopes, packing = describe(**call)
+    lse = torch.empty(1, 4, q.shape[1])
+    launches = plan_hopper_forward(
+        problem, PROCESSORS, q, k, v, torch.empty_like(q), lse, slopes, packing, config
+    )
+    return compile_launch(launches[which], "sm_90")
+
+
+def calls_of(row: HopperRow) -> dict[str, dict[str, Any]]:
+    """The calls that ask most of a row, by name."""
+    call = {"head_dim": row.head_dim, "seqlen_k": max(row.seqlen_from, 256), "packed": row.packed is True}
+    if row.plain is False:
+        call |= {"softcap": 30.0, "alibi": True}
+    if row.bounded is False:
+        return {"full": call}
+    return {"causal": call | {"causal": True}, "window": call | {"window_size": (90, 5)}}
+
+
+def rows() -> list[Any]:
+    return [
+        pytest.param(row, call, id=f"d{row.head_dim}-{number}-{name}")
+        for number, row in enumerate(FORWARD)
+        if row.config is not None
+        for name, call in calls_of(row).items()
+    ]
+
+
+needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper comes with Triton 3.6")
+
+
+@needs_gluon
+@pytest.mark.parametrize(("row", "call"), rows())
+def test_a_row_compiles_within_its_bounds(row: HopperRow, call: dict[str, Any]) -> None:
+    assert choose(describe(**call)[0]) is row, "an earlier row hides this one"
+    forward = compile_forward(**call)
+    assert forward.shared <= SM_90.shared_memory
+    assert forward.spills <= SPILLS[row.config.warpgroups], "a row spills more than was recorded"
+    assert "wgmma.mma_async" in forward.assembly
+    assert "cp.async.bulk.tensor" in forward.assembly
+    assert not forward.warnings, "ptxas serialises the products, or takes registers from a partition"
+
+
+@needs_gluon
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_exponentials_run_beside_the_product_with_the_values(head_dim: int, causal: bool) -> None:
+    call = {"head_dim": head_dim, "causal": causal, "seqlen_k": 16384}
+    config = choose(describe(**call)[0]).config
+    assert config is not None
+    code = disassemble(compile_forward(**call))
+    waits = [
+        (number, int(match[1], 0))
+        for number, line in enumerate(code)
+        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", line))
+    ]
+    beside = [
+        sum("MUFU.EX2" in line for line in code[first:last])
+        for (first, outstanding), (last, left) in itertools.pairwise(waits)
+        if outstanding == 1 and left == 0
+    ]
+    # Each of the 128 threads of a warpgroup has this many of the 64 x BLOCK_N weights.
+    exponentials = config.block_n // 2
+    assert beside, "no step waits for its scores first and for its output later"
+    assert min(beside) >= exponentials, "the wait for O was moved above the exponentials"
+
+
+@needs_gluon
+def test_marked_tiles_can_be_computed_again() -> None:
+    for head_dim in (64, 128, 256):
+        redo = compile_forward(1, HopperConfig(head_dim, 2, 64, 2), head_dim=head_dim, causal=True)
+        assert redo.shared <= SM_90.shared_memory
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"head_dim": 60}, "multiple of 8"),
+        ({"seqlen_q": 64}, "65 queries"),
+        ({"head_dim": 64, "causal": True, "seqlen_k": 2048}, "portable kernel is faster"),
+        ({"head_dim": 64, "packed": True}, "not measured"),
+    ],
+    ids=str,
+)
+def test_what_it_is_not_for_is_said(call: dict[str, Any], reason: str) -> None:
+    reasons = forward_reasons_against(describe(**call)[0], SM_90)
+    assert any(reason in given for given in reasons)
+
+
+def test_it_is_for_one_chip() -> None:
+    (reason,) = forward_reasons_against(describe()[0], SM_80)
+    assert "sm_90" in reason
+    assert "sm_80" in reason
+
+
+def test_a_schedule_is_chosen_by_name() -> None:
+    with use_schedule("portable"):
+        assert explicit_schedule() == "portable"
+        with use_schedule(None):
+            assert explicit_schedule() is None
+        assert explicit_schedule() == "portable"
+    assert explicit_schedule() is None
+    with pytest.raises(ValueError, match="'hopper', 'portable' or None, got 'fast'"):
+        use_schedule("fast")
+    assert explicit_schedule() is None
+
+
+def test_a_call_is_told_which_schedule_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = "fap_kernels.target.target_of"
+    monkeypatch.setattr(target, lambda _: SM_90)
+    short = describe(head_dim=64, causal=True, seqlen_k=2048)[0]
+    assert "portable kernel is faster" in explain_schedule(short)
+    if gluon_is_here():
+        assert explain_schedule(describe(seqlen_k=4096)[0]) == "the Hopper forward"
+    with use_schedule("portable"):
+        assert "use_schedule" in explain_schedule(describe()[0])
+    monkeypatch.setattr(target, lambda _: SM_80)
+    assert explain_schedule(short) == "the portable forward (sm_80)"

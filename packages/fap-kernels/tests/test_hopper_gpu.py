@@ -1,0 +1,120 @@
+"""The Hopper forward on a GPU: against the float64 oracle, where its softmax has to start over, and repeated.
+
+The conformance of test_gpu.py covers it too, since it is what runs there; here it is held to run itself.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from fap_kernels import attention_forward, use_schedule
+from fap_testing.reference import attention_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a GPU of compute capability 9.0",
+    ),
+]
+# Norm of the error over that of the result, as rounding the weights to 16 bits leaves it.
+ERRORS = {torch.bfloat16: 3e-3, torch.float16: 5e-4}
+
+
+def draw(
+    batch: int, seqlen_q: int, seqlen_k: int, nheads: int, nheads_k: int, head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    sizes = ((seqlen_q, nheads), (seqlen_k, nheads_k), (seqlen_k, nheads_k))
+    return tuple(torch.randn(batch, n, h, head_dim, device="cuda", dtype=dtype) for n, h in sizes)
+
+
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> None:
+    """Both results are right, and the same on a second run."""
+    with use_schedule("hopper"):
+        out, lse, _ = attention_forward(q, k, v, **options)
+        again, lse_again, _ = attention_forward(q, k, v, **options)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+    right, right_lse, _ = attention_reference(q.double(), k.double(), v.double(), **options)
+    assert (out.double() - right).norm() <= ERRORS[q.dtype] * right.norm()
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (90, 30)}, {"softcap": 4.0, "causal": True}], ids=str
+)
+def test_against_the_oracle(head_dim: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    # Long enough that no row of the table hands the call back.
+    check(*draw(1, 1100, 4200, 4, 2, head_dim, dtype), **options)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("factor", [2.0, 10.0, 40.0, 300.0])
+def test_a_late_key_may_tower_over_all_before_it(head_dim: int, factor: float, dtype: torch.dtype) -> None:
+    """Keys are swept from the last on: the first comes last, and outgrows the reference of rows."""
+    q, k, v = draw(1, 1100, 2000, 4, 4, head_dim, dtype)
+    if factor == 300.0:
+        q[..., 0] = 4.0
+        k[:, 0] = 0.0
+        k[:, 0, :, 0] = factor
+    else:
+        k[:, 0] = (q[:, 5].float() * factor).to(dtype)
+    check(q, k, v)
+
+
+def test_what_is_not_finite_stays_where_the_portable_kernel_has_it() -> None:
+    q, k, v = draw(1, 300, 1500, 2, 2, 128)
+    q[0, 5, 0, 3] = torch.nan
+    k[0, 100, 1, 0] = torch.inf
+    v[0, 600, 0, 0] = torch.inf
+    v[0, 3, 0, 1] = torch.nan
+    results = []
+    for schedule in ("hopper", "portable"):
+        with use_schedule(schedule):
+            results.append(attention_forward(q, k, v, causal=True)[:2])
+    for mine, portable in zip(*results, strict=True):
+        torch.testing.assert_close(mine, portable, equal_nan=True, atol=2e-2, rtol=2e-2)
+
+
+def test_a_graph_finds_new_marks_when_it_is_replayed() -> None:
+    q, k, v = draw(1, 1100, 2000, 4, 4, 128)
+    with use_schedule("hopper"):
+        attention_forward(q, k, v)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse, _ = attention_forward(q, k, v)
+    q[..., 0] = 4.0
+    k[:, 0] = 0.0
+    k[:, 0, :, 0] = 300.0
+    graph.replay()
+    right, right_lse, _ = attention_reference(q.double(), k.double(), v.double())
+    assert (out.double() - right).norm() <= ERRORS[q.dtype] * right.norm()
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_random_shapes(head_dim: int) -> None:
+    rng = random.Random(head_dim)
+    for _ in range(40):
+        nheads_k, group = rng.randint(1, 3), rng.choice([1, 2, 4])
+        q, k, v = draw(
+            rng.randint(1, 3),
+            rng.randint(65, 1300),
+            rng.randint(1, 1500),
+            nheads_k * group,
+            nheads_k,
+            head_dim,
+        )
+        left, right = rng.choice(
+            [(-1, -1), (rng.randint(0, 400), rng.randint(0, 300)), (rng.randint(0, 600), -1)]
+        )
+        if left == -1 or head_dim == 256:  # short sequences with a bound run on the portable kernel elsewhere
+            check(q, k, v, window_size=(left, right))

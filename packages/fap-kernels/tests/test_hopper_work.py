@@ -1,0 +1,158 @@
+"""How the Hopper forward divides its work, and how it mends marked tiles, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fap_kernels import AttentionProblem, attention_forward
+from fap_kernels.hopper import work
+from fap_kernels.hopper.launch import plan_redo
+
+pytestmark = pytest.mark.interpreter
+FIELDS = 11
+BLOCK_M, BLOCK_N = 128, 64
+
+
+@triton.jit
+def list_work(
+    found, cu_seqlens_q, cu_seqlens_k, nheads, seqlen_q, seqlen_k, window_left, window_right, items, MOST,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """Write down each turn of a program, ``(programs, MOST, FIELDS)``."""
+    call = work.Call(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,
+        None,
+        nheads,
+        1,
+        seqlen_q,
+        seqlen_k,
+        window_left,
+        window_right,
+        items,
+    )
+    row = found + tl.program_id(0) * MOST * 11
+    turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
+    while work.there_is(call, turn, PAIRED):
+        tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
+        sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+        tl.store(row, 1)
+        tl.store(row + 1, tile.batch)
+        tl.store(row + 2, tile.head)
+        tl.store(row + 3, tile.first_query)
+        tl.store(row + 4, tile.seqlen_q)
+        tl.store(row + 5, tile.seqlen_k)
+        tl.store(row + 6, tile.q_start)
+        tl.store(row + 7, sweep.top)
+        tl.store(row + 8, sweep.count)
+        tl.store(row + 9, sweep.settled)
+        tl.store(row + 10, sweep.unmasked_end)
+        row += 11
+        turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
+
+
+def turns(
+    lengths_q: list[int], lengths_k: list[int], nheads: int, window: tuple[Any, Any], paired: bool,
+    packed: bool,
+) -> list[list[list[int]]]:  # fmt: skip
+    """The turns of each of three programs."""
+    programs, most = 3, 64
+    tiles = -(-max(lengths_q) // BLOCK_M)
+    items = len(lengths_q) * nheads * (-(-tiles // 2) if paired else tiles)
+    bounds = [
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
+        for lengths in (lengths_q, lengths_k)
+    ]
+    found = torch.zeros(programs, most, FIELDS, dtype=torch.int32)
+    list_work[(programs,)](
+        found, *bounds, nheads, max(lengths_q), max(lengths_k), *window, items, most, BLOCK_M, BLOCK_N, paired
+    )
+    return [[turn for turn in program.tolist() if turn[0]] for program in found]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
+    rng = random.Random(seed)
+    packed, paired = seed % 3 == 1, seed % 3 == 2
+    count, nheads = rng.randint(1, 3), rng.randint(1, 2)
+    if packed:
+        lengths_q, lengths_k = ([rng.choice([0, 1, rng.randint(1, 500)]) for _ in range(count)] for _ in "qk")
+        lengths_q[0], lengths_k[0] = 300, 200
+    else:
+        lengths_q, lengths_k = [rng.randint(65, 700)] * count, [rng.randint(1, 700)] * count
+    bound = rng.choice([None, 0, rng.randint(0, 300)]), rng.choice([None, 0, rng.randint(0, 300)])
+    found = [
+        turn for program in turns(lengths_q, lengths_k, nheads, bound, paired, packed) for turn in program
+    ]
+    expected = {
+        (batch, head, first)
+        for batch, length in enumerate(lengths_q)
+        for head in range(nheads)
+        for first in range(0, length, BLOCK_M)
+    }
+    assert len(found) == len(expected)
+    assert {tuple(turn[1:4]) for turn in found} == expected
+    for turn in found:
+        check_sweep(turn, lengths_q[turn[1]], lengths_k[turn[1]], bound)
+
+
+def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any, Any]) -> None:
+    """Every visible key is visited, no unmasked step needs a mask, and settled rows have met a key."""
+    _, _, _, first_query, length_q, length_k, _, top, count, settled, unmasked_end = turn
+    assert (length_q, length_k) == (seqlen_q, seqlen_k)
+    queries = torch.arange(first_query, min(first_query + BLOCK_M, seqlen_q))[:, None]
+    keys = torch.arange(top + BLOCK_N)[None, :]
+    distance = queries + seqlen_k - seqlen_q - keys
+    seen = keys < seqlen_k
+    if bound[0] is not None:
+        seen = seen & (distance <= bound[0])
+    if bound[1] is not None:
+        seen = seen & (distance >= -bound[1])
+    seen = seen.expand(len(queries), -1)
+    last = top - (count - 1) * BLOCK_N
+    assert last >= 0
+    assert not seen[:, :last].any(), "a visible key lies below the last step"
+    assert bound[1] is not None or top + BLOCK_N >= seqlen_k, "a visible key lies above the first step"
+    assert 1 <= settled <= count
+    for step in range(settled, unmasked_end):
+        first_key = top - step * BLOCK_N
+        assert seen[:, first_key : first_key + BLOCK_N].all(), "an unmasked step holds a hidden key"
+    if unmasked_end > settled:
+        assert seen[:, top - (settled - 1) * BLOCK_N :].any(1).all(), (
+            "a row has met no key when it is settled"
+        )
+
+
+def test_pairs_have_equal_work() -> None:
+    programs = turns([1024] * 3, [1024] * 3, 1, (None, 0), True, False)
+    steps = {sum(turn[8] for turn in program) for program in programs}
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+def test_marked_tiles_are_computed_again_and_no_others(head_dim: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 150, 4, head_dim)
+    k, v = (torch.randn(2, 90, 2, head_dim) for _ in range(2))
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
+    options = {"causal": True, "softcap": 5.0, "alibi_slopes": slopes}
+    right, right_lse, _ = attention_forward(q, k, v, **options)
+    out, lse = right.clone(), right_lse.clone()
+    out[1, 70:128, 2] = torch.nan  # the rows of one tile of 64 queries
+    lse[1, 2, 100] = torch.nan
+    out[0, 3, 0] = 7.0  # garbage that nothing marks
+    problem = AttentionProblem.describe(q, k, v, **options)
+    plan_redo(problem, q, k, v, out, lse, slopes, overlap=False).run(q.device)
+    assert out[0, 3, 0].eq(7.0).all()
+    out[0, 3, 0] = right[0, 3, 0]
+    torch.testing.assert_close(out, right, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, right_lse, atol=1e-5, rtol=1e-5)

@@ -205,6 +205,36 @@ def test_memory_grows_with_the_length_not_its_square(tmp_path):
     assert measures["right", 512]["bytes"] > 10 * measures["right", 128]["bytes"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prefill", "--head-dims", "64", "--seqlens", "512", "--peers", "fap-triton,fap-hopper,sdpa-flash"],
+        ["varlen", "--head-dims", "64", "--seqlens", "512", "--peers", "fap,fap-triton,fap-dense,sdpa-flash"],
+        [
+            "decode",
+            "--batches",
+            "2x1024",
+            "--graph",
+            "--page-sizes",
+            "0,16",
+            "--peers",
+            "fap,fap-triton,sdpa-flash",
+        ],
+        ["overhead", "--peers", "fap,fap-kernels,fap-nn,sdpa-flash"],
+        ["memory", "--seqlens", "1024,4096", "--peers", "fap-triton,sdpa-flash"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_runs_on_a_gpu(command, tmp_path):
+    pytest.importorskip("fap_nn")
+    path = tmp_path / "run.json"
+    bench(*command, "--quick", "--jobs", "2", "--json", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["status"] for row in rows} <= {"ok", "unsupported"}
+    assert any(row["configuration"] for row in rows if row["ours"])
+
+
 def test_kernels_are_compiled_by_other_processes_first():
     from fap_testing.bench.ahead import compile_ahead, tasks
     from fap_testing.bench.peers.sdpa import Sdpa

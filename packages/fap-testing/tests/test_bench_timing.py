@@ -106,3 +106,13 @@ def test_events_measure_the_gpu_alone():
     host = HostTimer("cuda").sample(lambda: a @ a, 5)
     assert 0.02 < spread(times).median < 50
     assert spread(host).median < 1000 * spread(times).median
+
+
+@pytest.mark.gpu
+def test_a_graph_measures_what_events_do():
+    from fap_testing.bench.timing import CudaTimer, GraphTimer
+
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    run = {"matmul": Run(lambda: a @ a)}
+    alone, replayed = (race(run, timer, Effort())["matmul"] for timer in (CudaTimer(), GraphTimer()))
+    assert 0.5 < replayed.median / alone.median < 1.5

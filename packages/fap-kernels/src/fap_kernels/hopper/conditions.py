@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,5 +44,7 @@ def forward_reasons_against(problem: AttentionProblem, target: Target) -> list[s
 
 @cache
 def _gluon_is_here() -> bool:
-    major, minor = version("triton").split(".")[:2]
+    import triton  # whose distribution has another name in some builds of PyTorch
+
+    major, minor = triton.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (3, 6)

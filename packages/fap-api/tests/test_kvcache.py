@@ -118,6 +118,7 @@ def check_compiled(compiled, lengths, **options):
 
 @pytest.mark.filterwarnings("default")
 class TestCompile:
+    @pytest.mark.smoke
     @pytest.mark.parametrize("options", [{"rotary": True}, {"paged": True}], ids=["rotary", "paged"])
     def test_one_graph_for_all_lengths(self, compile_counter, options):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -351,6 +351,7 @@ def compile_counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.smoke
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in_place"])
 def test_compiles_in_one_graph_for_all_offsets(compile_counter, inplace):

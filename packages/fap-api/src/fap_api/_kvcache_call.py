@@ -36,6 +36,10 @@ class KVCacheTensors(NamedTuple):
     alibi_slopes: torch.Tensor | None
 
 
+# The compiler of torch 2.8 does not look fields up.
+_NAMES = KVCacheTensors._fields
+
+
 class KVCacheOptions(NamedTuple):
     """Its options."""
 
@@ -152,7 +156,7 @@ def _check_flag(name: str, value: Any) -> None:
 def _refuse_gradients(tensors: KVCacheTensors) -> None:
     if not torch.is_grad_enabled():
         return
-    for name, x in zip(tensors._fields, tensors, strict=True):
+    for name, x in zip(_NAMES, tensors, strict=True):
         if isinstance(x, torch.Tensor) and x.requires_grad:
             raise RuntimeError(
                 f"flash_attn_with_kvcache has no backward, since it writes to the caches, got {name} that "

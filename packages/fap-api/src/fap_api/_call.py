@@ -48,10 +48,13 @@ class Sequences(NamedTuple):
         """Return it with ``max_seqlen_*`` as integers of at least 0; tensors of one are read."""
         if type(self.max_seqlen_q) is type(self.max_seqlen_k) is int:
             return self
-        return self._replace(
-            max_seqlen_q=check_length("max_seqlen_q", self.max_seqlen_q),
-            max_seqlen_k=check_length("max_seqlen_k", self.max_seqlen_k),
+        bounds_q, bounds_k, longest_q, longest_k, *rest = self
+        # Not _replace, which the compiler of torch 2.8 does not follow.
+        longest_q, longest_k = (
+            check_length("max_seqlen_q", longest_q),
+            check_length("max_seqlen_k", longest_k),
         )
+        return Sequences(bounds_q, bounds_k, longest_q, longest_k, *rest)
 
 
 class _Plan(NamedTuple):

@@ -11,9 +11,15 @@ import torch
 import torch.nn.attention
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/integrations/*.md"))
+PAGES = sorted(
+    page.relative_to(ROOT / "docs").as_posix()
+    for page in ROOT.glob("docs/integrations/*.md")
+    if "```python" in page.read_text(encoding="utf-8")
+)
 CANNOT_RUN = {
     "integrations/flash_attn.md": importlib.util.find_spec("flash_attn") is not None,
+    "integrations/diffusers.md": importlib.util.find_spec("diffusers") is None,
+    "integrations/ring_and_ulysses.md": importlib.util.find_spec("ring_flash_attn") is None,
     "integrations/transformers.md": importlib.util.find_spec("transformers") is None,
     "integrations/sdpa.md": not hasattr(torch.nn.attention, "register_flash_attention_impl"),
 }

@@ -22,7 +22,7 @@ Keys are swept from the last one down. First come the tiles that need a mask, th
 take the online softmax. From there on every row has met a key, and with ``OPTIMISTIC`` its maximum so far
 stays the reference: no maximum, no rescaling, a third less work between products. Should a later logit tower
 so far over it that something overflows, the LSE of that row becomes NaN, and
-:mod:`fap_kernels.forward.redo` computes its tile again. Rows whose result is not finite for the inputs' sake
+``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not finite for the inputs' sake
 are computed twice as well; nothing else is.
 """
 
@@ -189,7 +189,6 @@ def _multiply(
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     Q_STAGES: gl.constexpr = 2 if OVERLAP_TILES else 1
     call = operands.call
-    no_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
     if TURNS:
         turns.first_turn(WARPGROUP, WARPGROUPS)
@@ -203,11 +202,8 @@ def _multiply(
         s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
-        x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
-        weights, _, row_max, sums = softmax.online_step(
-            x, scores.unit(operands.score), no_max, softmax.no_sums()
-        )
-        p = gl.convert_layout(weights.to(operands.out.dtype), P, assert_trivial=True)
+        weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
+        p = gl.convert_layout(weights, P, assert_trivial=True)
     while work.there_is(call, turn, PAIRED):
         if not OVERLAP_TILES:
             tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
@@ -216,11 +212,8 @@ def _multiply(
             s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(operands.k_ring.empty.index(stage))
-            x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
-            weights, _, row_max, sums = softmax.online_step(
-                x, scores.unit(operands.score), no_max, softmax.no_sums()
-            )
-            p = gl.convert_layout(weights.to(operands.out.dtype), P, assert_trivial=True)
+            weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
+            p = gl.convert_layout(weights, P, assert_trivial=True)
         acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
         v_stage, v_phase = stage, phase
         stage, phase = ring.advance(stage, phase, STAGES)
@@ -262,14 +255,11 @@ def _multiply(
                 turns.pass_turn(WARPGROUP, WARPGROUPS)
             s = warpgroup_mma_wait(1, [s])
             mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
-            x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
-            weights, _, row_max, sums = softmax.online_step(
-                x, scores.unit(operands.score), no_max, softmax.no_sums()
-            )
+            weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
             # Waited for already: the branch alone keeps the assembler from moving the next wait up.
             mbarrier.wait(operands.v_ring.full.index(v_stage), v_phase)
             acc, p = warpgroup_mma_wait(0, [acc, p])
-            p = gl.convert_layout(weights.to(operands.out.dtype), P, assert_trivial=True)
+            p = gl.convert_layout(weights, P, assert_trivial=True)
         else:
             acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
             acc, p = warpgroup_mma_wait(0, [acc, p])
@@ -278,21 +268,8 @@ def _multiply(
         tma.store_wait(0)
         mbarrier.arrive(operands.v_ring.empty.index(v_stage))
 
-        factor, row_lse, row_sum = softmax.finish(done_max, done_sums)
-        if OPTIMISTIC:
-            row_lse = softmax.mark_overflow(row_lse, row_sum, acc)
-        first_row = done.first_query + WARPGROUP * ROWS
-        row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
-        strides = (call.nheads * operands.lse_rows, operands.lse_rows)
-        entry = rows.vector_of(operands.lse, strides, done.q_batch, done.head, done.q_start)
-        gl.store(entry + row, row_lse, mask=row < done.seqlen_q)
-        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, O))[:, None]
-        q_packed = done.q_start if call.cu_seqlens_q is not None else None
-        out_rows = rows.Rows(None, None, operands.out, None, done.q_batch, q_packed, done.seqlen_q, None)
         place = operands.staging.index(WARPGROUP if OVERLAP_TILES else done_slot)
-        ring.matrix(place, ROWS, WIDTH).store(acc.to(operands.out.dtype))
-        fence_async_shared()
-        ring.drain(place, out_rows, done.head, first_row)
+        _store(operands, done, WARPGROUP, acc, done_max, done_sums, place, WIDTH, OPTIMISTIC)
         if not OVERLAP_TILES:
             tma.store_wait(0)
             mbarrier.arrive(operands.q_ring.empty.index(done_slot))
@@ -341,6 +318,15 @@ def _logits(s, operands, tile, WARPGROUP: gl.constexpr, first_key, MASKED: gl.co
 
 
 @gluon.jit
+def _weigh_first(s, operands, tile, WARPGROUP: gl.constexpr, sweep):
+    """The weights of a sweep's first key tile, rounded, with the maximum and the sums of each row."""
+    x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
+    no_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
+    weights, _, row_max, sums = softmax.online_step(x, scores.unit(operands.score), no_max, softmax.no_sums())
+    return weights.to(operands.out.dtype), row_max, sums
+
+
+@gluon.jit
 def _step(
     q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
     tile, WARPGROUP: gl.constexpr, sweep, step,
@@ -373,3 +359,25 @@ def _step(
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
     p = gl.convert_layout(weights, p.type.layout, assert_trivial=True)
     return acc, p, row_max, sums, next_stage, next_phase, stage, phase
+
+
+@gluon.jit
+def _store(
+    operands, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, place, WIDTH: gl.constexpr,
+    OPTIMISTIC: gl.constexpr,
+):  # fmt: skip
+    """Normalise the output, start its way to memory through ``place``, and store the LSE."""
+    factor, row_lse, row_sum = softmax.finish(row_max, sums)
+    if OPTIMISTIC:
+        row_lse = softmax.mark_overflow(row_lse, row_sum, acc)
+    call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
+    row = first_row + gl.arange(0, ROWS, row_max.type.layout)
+    strides = (call.nheads * operands.lse_rows, operands.lse_rows)
+    entry = rows.vector_of(operands.lse, strides, tile.q_batch, tile.head, tile.q_start)
+    gl.store(entry + row, row_lse, mask=row < tile.seqlen_q)
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+    q_packed = tile.q_start if call.cu_seqlens_q is not None else None
+    out_rows = rows.Rows(None, None, operands.out, None, tile.q_batch, q_packed, tile.seqlen_q, None)
+    ring.matrix(place, ROWS, WIDTH).store(acc.to(operands.out.dtype))
+    fence_async_shared()
+    ring.drain(place, out_rows, tile.head, first_row)

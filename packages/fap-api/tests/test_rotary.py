@@ -235,6 +235,26 @@ class TestModule:
         module(leaf * 1).sum().backward()
         assert leaf.grad is not None
 
+    def test_fake_tables_are_not_kept(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        module = rotary.RotaryEmbedding(8)
+        with FakeTensorMode():
+            module(torch.randn(1, 4, 3, 2, HEAD_DIM))
+        assert type(module.tables(4).cos) is torch.Tensor
+
+    @pytest.mark.gpu
+    def test_tables_of_a_graph_are_not_kept(self):
+        """They have values only once the graph is replayed."""
+        module = rotary.RotaryEmbedding(8)
+        qkv = draw(1, 4, 3, 2, device="cuda")
+        module(qkv.clone())
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            module(qkv.clone(), seqlen_offset=30)
+        right = rotary.RotaryEmbedding(8)(qkv.clone(), seqlen_offset=30)
+        torch.testing.assert_close(module(qkv.clone(), seqlen_offset=30), right)
+
     def test_half_precision_does_not_reach_the_angles(self):
         module = rotary.RotaryEmbedding(8).to(torch.bfloat16)
         assert module.tables(300).cos.dtype == torch.float32

@@ -243,6 +243,24 @@ def test_a_step_compiles_once_for_all_lengths():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@every_memory
+def test_nothing_waits_for_the_device(page_size):
+    module = make(torch.float16, rotary_emb_dim=6, num_heads_kv=2).cuda()
+    x, mask = tokens(2, 6, dtype=torch.float16).cuda(), torch.ones(2, 6, dtype=torch.bool, device="cuda")
+    mask[0, :2] = False
+    cache = module.make_cache(2, 40, page_size)
+    for watched in (False, True):
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        try:
+            module(x, key_padding_mask=mask, cache=cache)
+            module(x[:, :1], cache=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert cache.seqlens.tolist() == [10, 14]
+
+
+@pytest.mark.gpu
 @every_memory
 def test_a_cuda_graph_generates(page_size):
     module = make(torch.float16, rotary_emb_dim=6, num_heads_kv=2).cuda()

@@ -124,7 +124,7 @@ class RotaryEmbedding(nn.Module):
         # No inference tensors: the same tables may be saved for a backward later.
         with torch.inference_mode(False), torch.no_grad():
             tables = self._make_tables(seqlen, wanted)
-        if type(tables.cos) is torch.Tensor:  # not one that only stands in for another
+        if _have_values(tables.cos):
             self._kept = tables
         return tables
 
@@ -143,6 +143,13 @@ class RotaryEmbedding(nn.Module):
             return RotaryTables(cos, sin, cos, sin)
         scale = ((fraction + 0.4) / 1.4) ** ((position - seqlen // 2) / self.scale_base)[:, None]
         return RotaryTables(cos * scale, sin * scale, cos / scale, sin / scale)
+
+
+def _have_values(table: torch.Tensor) -> bool:
+    """Whether a table is no fake tensor, and none that only the replay of a CUDA graph would fill."""
+    if type(table) is not torch.Tensor:
+        return False
+    return table.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

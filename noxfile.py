@@ -75,6 +75,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation and its API reference into build/docs, every warning an error."""
+    install_workspace(session, "docs")
+    session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--quiet", "docs", "build/docs")
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the four packages into dist/, each wheel from its own source distribution."""
     install_group(session, "build")

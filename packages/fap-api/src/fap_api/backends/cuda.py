@@ -67,7 +67,7 @@ class CudaBackend:
             reasons.append(f"it has float16 and bfloat16 only, got {problem.dtype}")
         if problem.batch == 0 or seqlen_q == 0:
             reasons.append(f"it has no empty calls, got batch {problem.batch} and seqlen_q {seqlen_q}")
-        if taken != right and (0 <= taken < seqlen_q - 1 or 0 <= right < seqlen_q - 1):
+        if seqlen_k > 0 and taken != right and (0 <= taken < seqlen_q - 1 or 0 <= right < seqlen_q - 1):
             reasons.append(
                 f"it takes window_size ({left}, {right}) for ({left}, {taken}), which hides other keys "
                 f"with seqlen_q {seqlen_q} and seqlen_k {seqlen_k}"
@@ -111,6 +111,8 @@ class CudaBackend:
         """Run flash-attn's backward, which has no gradient of the LSE."""
         if dlse is not None:
             raise RuntimeError(_NO_LSE_GRADIENT)
+        if k.shape[1] == 0:
+            return _no_gradients(q, k, v)
         head_dim = q.shape[3]
         shift = _alibi_shift(score, q, k)
         if shift is not None:
@@ -183,9 +185,7 @@ class CudaBackend:
         if dlse is not None:
             raise RuntimeError(_NO_LSE_GRADIENT)
         if packing.max_seqlen_k == 0:
-            # Its grid over the keys would be empty, which CUDA refuses.
-            dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-            return dq, dk, dv
+            return _no_gradients(q, k, v)
         head_dim = q.shape[2]
         shift = _packed_alibi_shift(score, q, packing)
         if shift is not None:
@@ -277,6 +277,13 @@ def _reasons_against_packing(problem: AttentionProblem) -> list[str]:
     if problem.paged and problem.dropout_p > 0.0:
         reasons.append(f"its kernels for pages leave dropout out, got dropout_p {problem.dropout_p}")
     return reasons
+
+
+def _no_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of a call without keys, over which flash-attn's grid would be empty."""
+    return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
 
 
 def _interface() -> Any:

@@ -16,7 +16,7 @@ from fap_kernels.hopper import work
 from fap_kernels.hopper.launch import plan_redo
 
 pytestmark = pytest.mark.interpreter
-FIELDS = 11
+FIELDS = 13
 BLOCK_M, BLOCK_N = 128, 64
 
 
@@ -39,11 +39,15 @@ def list_work(
         window_right,
         items,
     )
-    row = found + tl.program_id(0) * MOST * 11
+    row = found + tl.program_id(0) * MOST * 13
     turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
     while work.there_is(call, turn, PAIRED):
         tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+        for part in range(BLOCK_M // 64):
+            phases = work.phases_of(call, tile, sweep, tile.first_query + part * 64, 64, BLOCK_N)
+            tl.store(row + 9 + 2 * part, phases.settled)
+            tl.store(row + 10 + 2 * part, phases.unmasked_end)
         tl.store(row, 1)
         tl.store(row + 1, tile.batch)
         tl.store(row + 2, tile.head)
@@ -53,9 +57,7 @@ def list_work(
         tl.store(row + 6, tile.q_start)
         tl.store(row + 7, sweep.top)
         tl.store(row + 8, sweep.count)
-        tl.store(row + 9, sweep.settled)
-        tl.store(row + 10, sweep.unmasked_end)
-        row += 11
+        row += 13
         turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
 
 
@@ -78,7 +80,7 @@ def turns(
     return [[turn for turn in program.tolist() if turn[0]] for program in found]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
     rng = random.Random(seed)
     packed, paired = seed % 3 == 1, seed % 3 == 2
@@ -106,7 +108,7 @@ def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
 
 def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any, Any]) -> None:
     """Every visible key is visited, no unmasked step needs a mask, and settled rows have met a key."""
-    _, _, _, first_query, length_q, length_k, _, top, count, settled, unmasked_end = turn
+    _, _, _, first_query, length_q, length_k, _, top, count, *phases = turn
     assert (length_q, length_k) == (seqlen_q, seqlen_k)
     queries = torch.arange(first_query, min(first_query + BLOCK_M, seqlen_q))[:, None]
     keys = torch.arange(top + BLOCK_N)[None, :]
@@ -121,14 +123,16 @@ def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any,
     assert last >= 0
     assert not seen[:, :last].any(), "a visible key lies below the last step"
     assert bound[1] is not None or top + BLOCK_N >= seqlen_k, "a visible key lies above the first step"
-    assert 1 <= settled <= count
-    for step in range(settled, unmasked_end):
-        first_key = top - step * BLOCK_N
-        assert seen[:, first_key : first_key + BLOCK_N].all(), "an unmasked step holds a hidden key"
-    if unmasked_end > settled:
-        assert seen[:, top - (settled - 1) * BLOCK_N :].any(1).all(), (
-            "a row has met no key when it is settled"
-        )
+    for part, (settled, unmasked_end) in enumerate(zip(phases[::2], phases[1::2], strict=True)):
+        assert 1 <= settled <= count
+        assert bound[0] is not None or max(settled, unmasked_end) == count, "a step would be left out"
+        rows = seen[part * 64 : (part + 1) * 64]
+        for step in range(settled, unmasked_end):
+            first_key = top - step * BLOCK_N
+            assert rows[:, first_key : first_key + BLOCK_N].all(), "an unmasked step holds a hidden key"
+        if unmasked_end > settled:
+            met = rows[:, top - (settled - 1) * BLOCK_N :].any(1)
+            assert met.all(), "a row has met no key when it is settled"
 
 
 def test_pairs_have_equal_work() -> None:

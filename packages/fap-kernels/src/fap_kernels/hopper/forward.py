@@ -18,12 +18,12 @@ memory, products are asynchronous, and the softmax of one key tile runs beside a
                  │ O+=P V of the last key tile of this one
                  └ O / sum through shared memory to memory, LSE = max + log(sum)
 
-Keys are swept from the last one down. First come the tiles that need a mask, then one that does not: they
-take the online softmax. From there on every row has met a key, and with ``OPTIMISTIC`` its maximum so far
-stays the reference: no maximum, no rescaling, a third less work between products. Should a later logit tower
-so far over it that something overflows, the LSE of that row becomes NaN, and
-``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not finite for the inputs' sake
-are computed twice as well; nothing else is.
+Keys are swept from the last one down. First come the tiles that need a mask for some row of the warpgroup;
+they take the online softmax, and where they left rows without a key one more does. From there on every row
+has met a key, and with ``OPTIMISTIC`` its maximum so far stays the reference: no maximum, no rescaling, a
+third less work between products. Should a later logit tower so far over it that something overflows, the LSE
+of that row becomes NaN, and ``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not
+finite for the inputs' sake are computed twice as well; nothing else is.
 """
 
 from __future__ import annotations
@@ -215,20 +215,22 @@ def _multiply(
             weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
             p = gl.convert_layout(weights, P, assert_trivial=True)
         acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
+        first_row = tile.first_query + WARPGROUP * ROWS
+        phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
         v_stage, v_phase = stage, phase
         stage, phase = ring.advance(stage, phase, STAGES)
-        for step in range(1, sweep.settled):
+        for step in range(1, phases.settled):
             acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
                 q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
-        for step in range(sweep.settled, sweep.unmasked_end):
+        for step in range(phases.settled, phases.unmasked_end):
             acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
                 q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
             )  # fmt: skip
         if call.window_left is not None:
-            for step in range(gl.maximum(sweep.settled, sweep.unmasked_end), sweep.count):
+            for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
                 acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
                     q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                     tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,

@@ -58,12 +58,20 @@ class Sweep(NamedTuple):
     Fields:
         top: first key of the first tile visited; the next one is ``BLOCK_N`` below.
         count: tiles visited, at least one, though all of its keys may be hidden.
-        settled: after this many steps every row that sees a key in an unmasked tile has met one.
-        unmasked_end: steps from ``settled`` up to here need no mask.
     """
 
     top: Any
     count: Any
+
+
+class Phases(NamedTuple):
+    """What some rows of a query tile need of each step of its sweep.
+
+    Fields:
+        settled: after this many steps every row that sees a key in an unmasked tile has met one.
+        unmasked_end: steps from ``settled`` up to here need no mask; all others do.
+    """
+
     settled: Any
     unmasked_end: Any
 
@@ -138,9 +146,22 @@ def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
     visit = tiles.keys_to_visit(window, tile.first_query, BLOCK_M, BLOCK_N)
     count = tl.maximum(tl.cdiv(tl.maximum(visit.end - visit.start, 0), BLOCK_N), 1)
-    masked = tl.cdiv(tl.maximum(visit.end - visit.outer, 0), BLOCK_N)
-    unmasked = tl.maximum(visit.outer - visit.inner, 0) // BLOCK_N
-    # The masked tiles, and one that is not: its keys are seen by rows that the masked ones hid all keys from.
-    settled = tl.minimum(masked + 1, count)
-    unmasked_end = tl.minimum(masked + unmasked, count)
-    return Sweep(visit.start + (count - 1) * BLOCK_N, count, settled, unmasked_end)
+    return Sweep(visit.start + (count - 1) * BLOCK_N, count)
+
+
+@triton.jit
+def phases_of(call, tile, sweep, first_row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What the ``ROWS`` queries from ``first_row`` on need of each step of their query tile's sweep."""
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    visit = tiles.keys_to_visit(window, first_row, ROWS, BLOCK_N)
+    end = sweep.top + BLOCK_N
+    masked = tl.maximum(end - visit.outer, 0) // BLOCK_N
+    unmasked_end = tl.minimum(tl.maximum(end - visit.inner, 0) // BLOCK_N, sweep.count)
+    # The rows are settled once the first of them is, since the last key that a row sees lies above that of
+    # the row before it. Where the first row's lies below the masked tiles, it is in the tile after them.
+    last_key = tile.seqlen_k - 1
+    if call.window_right is not None:
+        last_key = tl.minimum(last_key, first_row + diagonal + call.window_right)
+    settled = tl.where((masked > 0) & (last_key >= visit.outer), masked, masked + 1)
+    return Phases(tl.minimum(settled, sweep.count), unmasked_end)

@@ -232,6 +232,21 @@ def test_dropout_is_repeated_from_rng_state_and_marked_in_s_dmask(shim):
     assert shim._get_block_size_n(q.device, 8, True, True) >= s_dmask.shape[-1]
 
 
+def test_keys_in_pages_raise_in_the_backward_pass_alone(shim):
+    q = torch.randn(5, 4, 8, requires_grad=True)
+    pages = torch.randn(2, 3, 16, 2, 8)
+    places = torch.tensor([0, 5], dtype=torch.int32), torch.tensor([0, 20], dtype=torch.int32), 5, 20
+    table = torch.tensor([[2, 0]], dtype=torch.int32)
+    names = ["q", "k", "v", *BOUNDS]
+    by_name = dict(zip(names, (q, *pages, *places), strict=True))
+    out = shim.flash_attn_varlen_func(**by_name, causal=True, block_table=table)
+    with torch.no_grad():
+        expected = fap_api.flash_attn_varlen_func(q, *pages, *places, causal=True, block_table=table)
+    assert torch.equal(out, expected)
+    with pytest.raises(RuntimeError, match="keys and values in pages have none"):
+        out.sum().backward()
+
+
 def test_what_the_halves_refuse(shim):
     q, k, v = draw()
     nothing = OPTIONS | SPLIT | {"alibi_slopes": None}

@@ -7,6 +7,7 @@ and read their defaults; names, order and defaults of the arguments are flash-at
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import fap_api
 from fap_api._call import Sequences
 from fap_api._passes import backward_pass, forward_pass, probabilities_pass
+from fap_api._varlen_ops import PAGES_HAVE_NO_GRADIENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,10 +65,41 @@ def _unnormalised(s_dmask: torch.Tensor) -> torch.Tensor:
     return s_dmask / largest.masked_fill(largest == 0.0, 1.0)
 
 
+class _PagesWithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, function: Callable[..., Any], kwargs: dict[str, Any], *args: Any) -> Any:
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(PAGES_HAVE_NO_GRADIENT)
+
+
+def _with_pages_under_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have keys in pages raise in the backward pass, not in the forward pass where a gradient is needed.
+
+    As in flash-attn, whose callers run the forward pass alone without saying so.
+    """
+    place = list(inspect.signature(function).parameters).index("block_table")
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        block_table = args[place] if len(args) > place else kwargs.get("block_table")
+        if block_table is None:
+            return function(*args, **kwargs)
+        # Autograd sees tensors among the positional arguments alone.
+        args = (*args, *(kwargs.pop(name) for name in ("q", "k", "v")[len(args) :]))
+        return _PagesWithoutGradient.apply(function, kwargs, *args)  # type: ignore[no-untyped-call]
+
+    return wrapper
+
+
 flash_attn_func = _with_unnormalised_weights(fap_api.flash_attn_func)
 flash_attn_kvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_kvpacked_func)
 flash_attn_qkvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_qkvpacked_func)
-flash_attn_varlen_func = _with_unnormalised_weights(fap_api.flash_attn_varlen_func)
+flash_attn_varlen_func = _with_unnormalised_weights(
+    _with_pages_under_autograd(fap_api.flash_attn_varlen_func)
+)
 flash_attn_varlen_kvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_varlen_kvpacked_func)
 flash_attn_varlen_qkvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_varlen_qkvpacked_func)
 flash_attn_with_kvcache = fap_api.flash_attn_with_kvcache

@@ -75,7 +75,7 @@ ARGUMENTS = {
         *"qkv",
         *BOUNDS,
         *SCORE,
-        *["return_softmax", "block_table", "leftpad_k", "seqused_k", "zero_tensors"],
+        *["return_softmax", "block_table", "leftpad_k", "seqused_k", "zero_tensors", "num_splits"],
     ],
     "_flash_attn_backward": [*SAVED, *SCORE, "deterministic", "rng_state"],
     "_flash_attn_varlen_backward": [*SAVED, *BOUNDS, *SCORE, "deterministic", "rng_state", "zero_tensors"],
@@ -257,6 +257,9 @@ def test_what_the_halves_refuse(shim):
     with pytest.raises(RuntimeError, match="rng_state must be what the forward pass returned"):
         shim._flash_attn_backward(out, q, k, v, out, lse, None, None, None, **dropped, deterministic=False)
     bounds = torch.tensor([0, 9], dtype=torch.int32)
+    packed = *(x[0, :9] for x in (q, k, v)), bounds, bounds, 9, 9, 0.0, 0.3, False
+    with pytest.raises(RuntimeError, match="num_splits > 1 is not supported for packed sequences, got 2"):
+        shim._flash_attn_varlen_forward(*packed, num_splits=2)
     with pytest.raises(RuntimeError, match="leftpad_k must be None"):
         shim._flash_attn_varlen_forward(
             *(x[0, :9] for x in (q, k, v)), bounds, bounds, 9, 9, 0.0, 0.3, False, leftpad_k=bounds

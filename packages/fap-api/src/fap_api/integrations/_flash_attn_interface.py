@@ -163,6 +163,7 @@ def _flash_attn_varlen_forward(
     leftpad_k: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     zero_tensors: bool = False,  # noqa: ARG001 - every row is written
+    num_splits: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the forward pass over packed sequences alone, without recording a gradient.
 
@@ -172,6 +173,10 @@ def _flash_attn_varlen_forward(
     Returns:
         ``out``, ``softmax_lse`` (h, total_q), ``S_dmask`` and ``rng_state``, as :func:`_flash_attn_forward`.
     """
+    if num_splits > 1:
+        raise RuntimeError(
+            f"num_splits > 1 is not supported for packed sequences, got {num_splits}; accepted: 0 and 1"
+        )
     if leftpad_k is not None:
         raise RuntimeError(
             "leftpad_k must be None for packed sequences, got a tensor; accepted: k and v packed without "

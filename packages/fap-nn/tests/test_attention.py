@@ -100,6 +100,7 @@ def test_repr_names_what_was_set():
         ({"head_dim": 257}, "head_dim must be 1 to 256, got 257"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"window_size": 64}, r"window_size must be two integers \(left, right\), got 64"),
         ({"alibi_slopes": [0.1]}, r"alibi_slopes must have shape .* = \(4,\) or .*, got \(1,\)"),
         ({"alibi_slopes": torch.rand(4, device="meta")}, "alibi_slopes must hold values"),
     ],

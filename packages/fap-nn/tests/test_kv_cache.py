@@ -180,6 +180,7 @@ def test_it_says_what_it_is():
         ({"head_dim": -1}, "head_dim must be"),
         ({"page_size": 8}, "page_size must be a power of two and at least 16, or None, got 8"),
         ({"page_size": 24}, "got 24"),
+        ({"dtype": torch.int32}, "dtype must be floating-point, .* got torch.int32"),
     ],
 )
 def test_wrong_sizes_are_refused(sizes, says):
@@ -204,6 +205,11 @@ def test_caches_and_modules_that_do_not_fit(options, sizes, says):
     )
     with pytest.raises(RuntimeError, match=says):
         module(tokens(2, 3), cache=cache)
+
+
+def test_what_is_no_cache_is_refused():
+    with pytest.raises(TypeError, match="cache must be a KVCache or None, got dict"):
+        make()(tokens(2, 3), cache={})
 
 
 def test_cross_attention_has_no_cache():

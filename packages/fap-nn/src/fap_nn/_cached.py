@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from fap_api import flash_attn_with_kvcache
+from fap_nn.kv_cache import KVCache
 from fap_nn.rotary import rotate
 
 if TYPE_CHECKING:
     from fap_nn.attention import FlashAttention
-    from fap_nn.kv_cache import KVCache
     from fap_nn.rotary import RotaryEmbedding
 
 __all__ = ["attend_cached", "check_cache", "real_tokens_first"]
@@ -66,7 +66,10 @@ def check_cache(cache: KVCache, attention: FlashAttention, heads: tuple[int, int
 
     Raises:
         RuntimeError: it is not causal, would drop weights, or has other sizes than the cache.
+        TypeError: cache is no KVCache.
     """
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be a KVCache or None, got {type(cache).__name__}")
     if not attention.causal:
         raise RuntimeError("cache needs a module with causal=True: later tokens change earlier ones without")
     if attention.training and attention.dropout > 0.0:

@@ -34,7 +34,7 @@ class FlashAttention(nn.Module):
         deterministic: make gradients bitwise equal on every run.
 
     Raises:
-        ValueError: a size or probability outside its range, or slopes of another shape.
+        ValueError: a size or probability outside its range, or a window or slopes of another shape.
     """
 
     alibi_slopes: torch.Tensor | None
@@ -59,6 +59,8 @@ class FlashAttention(nn.Module):
             raise ValueError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not hasattr(window_size, "__len__") or len(window_size) != 2:
+            raise ValueError(f"window_size must be two integers (left, right), got {window_size!r}")
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.dropout = dropout

@@ -17,7 +17,7 @@ class KVCache:
         max_seqlen: how many tokens a sequence can have; more are refused before anything is written.
         num_heads_kv, head_dim: of k and v, as the layer has them.
         page_size: rows of a page, a power of two and at least 16; None for one piece of memory a sequence.
-        device, dtype: of the keys and values; dtype as the layer computes in.
+        device, dtype: of the keys and values; dtype as the layer computes in, None for PyTorch's default.
 
     Attributes:
         k, v: ``(batch, max_seqlen, num_heads_kv, head_dim)``; with pages ``(num_pages, page_size,
@@ -32,7 +32,7 @@ class KVCache:
             that, a sequence that is full stays as it was.
 
     Raises:
-        ValueError: a size outside its range.
+        ValueError: a size outside its range, or a dtype that is not floating-point.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class KVCache:
             raise ValueError(
                 f"page_size must be a power of two and at least {LEAST_PAGE_SIZE}, or None, got {page_size}"
             )
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating-point, as the layer's, or None, got {dtype}")
         self.max_seqlen = max_seqlen
         self.page_size = page_size
         self.longest = 0

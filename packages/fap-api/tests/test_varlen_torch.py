@@ -75,7 +75,7 @@ TABLE = torch.zeros(3, 1, dtype=torch.int32)
         (
             (WHERE[0], bounds(9, -2, 7), 9, 9),
             {},
-            r"cu_seqlens_k must start at 0 and never decrease, got \[0, 9",
+            r"cu_seqlens_k must start at 0 or later and never decrease, got \[0, 9",
         ),
         (WHERE, {"seqused_q": USED}, r"seqused_q must be 0 to each .* \[5, 0, 9\], got \[5, 0, 10\]"),
         (WHERE, {"seqused_k": -USED}, "seqused_k must be 0 to each"),

@@ -221,6 +221,10 @@ def test_splits_fill_the_chip_and_no_more() -> None:
     ("changes", "message"),
     [
         ({"num_splits": 129}, r"num_splits must be 0.*to 128, got 129"),
+        (
+            {"k_cache": torch.zeros(2, 32, 16)},
+            r"k_cache must have 4 dimensions \(batch_cache, seqlen_cache, ",
+        ),
         ({"num_splits": True}, r"num_splits must be an integer"),
         ({"cache_seqlens": torch.zeros(2)}, r"cache_seqlens must have dtype int32"),
         (

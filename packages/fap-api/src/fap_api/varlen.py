@@ -50,7 +50,7 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: int32 ``(batch + 1,)`` on q's device: sequence b has the rows from
             ``cu_seqlens[b]`` up to ``cu_seqlens[b + 1]``. The ``torch`` back end reads their values, and
             refuses wrong ones; the others do not, since that would make every call wait for the device. Rows
-            behind the last sequence have no defined result.
+            before the first sequence and behind the last have no defined result.
         max_seqlen_q, max_seqlen_k: no sequence is longer; integers, or tensors of one, which are read (where
             they are on a device, the call waits for it).
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as for

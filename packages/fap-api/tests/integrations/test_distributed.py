@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fap_api.integrations import _ring
+from fap_api.integrations.context_parallel import context_parallel_attention, shard_sequence
 
 SCRIPT = Path(__file__).with_name("distributed_rank.py")
 
@@ -59,6 +60,13 @@ def test_merging_two_halves_of_the_keys_gives_attention_to_all():
     _ring.merge(out, lse, part, part_lse)
     torch.testing.assert_close(out, right)
     torch.testing.assert_close(lse, right_lse)
+
+
+def test_a_mesh_that_is_none_is_refused():
+    x = torch.randn(1, 8, 2, 8)
+    for call in (lambda: context_parallel_attention(x, x, x, mesh=2), lambda: shard_sequence(x, 2)):
+        with pytest.raises(TypeError, match="mesh must be a DeviceMesh, .* got int"):
+            call()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -66,11 +66,15 @@ class Cache:
                 other.
             TypeError: an argument of the wrong type.
         """
-        for tensor_name, x in ((name, q), ("k_cache", k_cache)):
+        keys = "batch_cache, seqlen_cache" if block_table is None else "num_pages, page_size"
+        for tensor_name, x, rows in ((name, q, "batch, seqlen"), ("k_cache", k_cache, keys)):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{tensor_name} must be a torch.Tensor, got {type(x).__name__}")
             if x.dim() != 4:
-                raise RuntimeError(f"{tensor_name} must have 4 dimensions, got shape {tuple(x.shape)}")
+                raise RuntimeError(
+                    f"{tensor_name} must have 4 dimensions ({rows}, nheads, headdim), "
+                    f"got shape {tuple(x.shape)}"
+                )
         batch = q.shape[0]
         vectors = (
             ("cache_seqlens", cache_seqlens),

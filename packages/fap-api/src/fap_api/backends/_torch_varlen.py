@@ -62,7 +62,7 @@ def _spans(side: str, cu_seqlens: torch.Tensor, seqused: torch.Tensor | None, lo
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] < 0 or any(length < 0 for length in lengths):
-        raise RuntimeError(f"cu_seqlens_{side} must start at 0 and never decrease, got {bounds}")
+        raise RuntimeError(f"cu_seqlens_{side} must start at 0 or later and never decrease, got {bounds}")
     if any(length > longest for length in lengths):
         raise RuntimeError(
             f"max_seqlen_{side} must be at least the longest sequence's length {max(lengths)}, got {longest}"

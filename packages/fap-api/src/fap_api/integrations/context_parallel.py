@@ -16,15 +16,11 @@ et al., "DeepSpeed Ulysses", 2023).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from fap_api.integrations import _ring, _ulysses
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["context_parallel_attention", "shard_sequence", "unshard_sequence"]
 
@@ -62,6 +58,7 @@ def context_parallel_attention(
 
     Raises:
         ValueError: an unknown method; a mesh of several dimensions; parts or heads that cannot be divided so.
+        TypeError: mesh is no DeviceMesh.
         RuntimeError: as for :func:`fap_api.flash_attn_func`.
     """
     if method not in _METHODS:
@@ -86,6 +83,7 @@ def shard_sequence(x: torch.Tensor, mesh: DeviceMesh, dim: int = 1) -> torch.Ten
 
     Raises:
         ValueError: the length is no multiple of 2n; a mesh of several dimensions.
+        TypeError: mesh is no DeviceMesh.
     """
     group = _group(mesh)
     n, r = group.size(), group.rank()
@@ -108,6 +106,11 @@ def unshard_sequence(x: torch.Tensor, mesh: DeviceMesh, dim: int = 1) -> torch.T
 
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh must be a DeviceMesh, as init_device_mesh returns, got {type(mesh).__name__}; a process "
+            "group becomes one by DeviceMesh.from_group"
+        )
     if mesh.ndim != 1:
         raise ValueError(
             f"mesh must have one dimension, got {mesh.ndim}: {mesh}; accepted: a part of it, mesh['cp']"

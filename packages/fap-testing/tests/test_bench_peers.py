@@ -82,6 +82,14 @@ def test_absent_peers_say_why(monkeypatch):
     assert Sdpa().absent("cpu", "decode") is None
 
 
+def test_a_stand_in_for_flash_attn_is_not_measured_as_the_original(monkeypatch):
+    stand_in = ModuleType("flash_attn.flash_attn_interface")
+    stand_in.__fap_shim__ = True
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", stand_in)
+    assert "stand-in" in FlashAttention2().absent("cuda", "prefill")
+
+
 def test_a_back_end_or_function_that_fap_api_lacks_is_named(monkeypatch):
     api = ModuleType("fap_api")
     api.flash_attn_func = None

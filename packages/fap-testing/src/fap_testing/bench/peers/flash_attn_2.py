@@ -28,6 +28,13 @@ class FlashAttention2(Peer):
     module = "flash_attn.flash_attn_interface"
     install = "pip install flash-attn --no-build-isolation"
 
+    def absent(self, device: str, kind: str) -> str | None:
+        """Return why the original cannot run here: fap_api can put itself under its name."""
+        reason = super().absent(device, kind)
+        if reason is None and hasattr(importlib.import_module(self.module), "__fap_shim__"):
+            return "flash_attn is fap_api's stand-in here: fap_api.integrations.flash_attn_shim is installed"
+        return reason
+
     def unsupported_reasons(self, problem: Problem, direction: Direction) -> list[str]:
         """Return what it lacks."""
         reasons = super().unsupported_reasons(problem, direction)

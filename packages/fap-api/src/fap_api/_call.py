@@ -1,4 +1,10 @@
-"""From a user's arguments to the operator: autocast, checks, the choice of a back end, and their memory."""
+"""From a user's arguments to the operator: autocast, checks, the choice of a back end, and their memory.
+
+:func:`attention` casts as autocast says, has :func:`_plan` look up or make the operator's options, and calls
+the operator of ``_ops`` or ``_varlen_ops``, which calls the back end. Making a plan is to check the call
+(``AttentionProblem.describe``) and to choose a back end (``select.choose``). It depends on shapes, dtypes and
+options and not on data, so it is kept, and a repeated call pays for one look-up.
+"""
 
 from __future__ import annotations
 

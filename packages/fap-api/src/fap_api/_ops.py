@@ -176,7 +176,7 @@ def _differentiate(
     if torch._C._len_torch_dispatch_stack():
         _flops.teach_active_counters()
     if dout is None and dlse is None:
-        return (None,) * 11
+        return (None,) * 11  # one for each argument of the forward operator
     if dout is None:
         dout = torch.zeros_like(out)
     gradients = attention_backward(

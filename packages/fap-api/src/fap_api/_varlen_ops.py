@@ -1,6 +1,8 @@
 """The operators of packed sequences: ``fap::attention_varlen_forward``, ``_backward`` and ``_probabilities``.
 
 As those of dense attention in ``_ops``, with the places of the sequences between the tensors and the options.
+The functions below take the arguments of their schema by position. ``rest`` begins with the places: six of
+``_SEQUENCES``, and with ``block_table``, which the backward pass lacks, seven. The options are behind them.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ attention_varlen_probabilities = torch.ops.fap.attention_varlen_probabilities.de
 @torch.library.register_fake("fap::attention_varlen_forward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _forward_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _flops.register()
-    dropout_p = rest[-3]
+    *_, dropout_p, _deterministic, _backend = rest
     total_q, nheads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty((nheads, total_q), dtype=lse_dtype)
@@ -179,7 +181,7 @@ def _differentiate(
     if torch._C._len_torch_dispatch_stack():
         _flops.teach_active_counters()
     if dout is None and dlse is None:
-        return (None,) * 18
+        return (None,) * 18  # one for each argument of the forward operator
     if dout is None:
         dout = torch.zeros_like(out)
     tensors = dout, q, k, v, out, softmax_lse, dlse, rng_state

@@ -102,6 +102,8 @@ def hopper_forward_kernel(
     fence_async_shared()
     operands = Operands(call, score, alibi_stride, queries, keys, values, staging, out_part0, lse, lse_rows)
     parts = (q_part0, k_part0, v_part0)
+    # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
+    # others: how many warps each has, and how many registers a thread of them; the first has what is left.
     # A constexpr stays one only where it is written out in the call.
     if WARPGROUPS == 2:
         gl.warp_specialize(
@@ -181,7 +183,10 @@ def _multiply(
     """Compute the 64 rows of one warpgroup of each query tile.
 
     ``stage`` and ``phase`` are those of the keys to multiply next, ``v_stage`` and ``v_phase`` those of the
-    values, which are one step behind.
+    values, which are one step behind. ``count`` is how many query tiles are done, which tells the slot and
+    the phase of the queries; ``turn`` does not, since it steps over tiles that are not there. ``there`` tells
+    whether there is another tile: where not, no tile is waited for or given back, and what is computed of it
+    goes nowhere.
     """
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])

@@ -2,6 +2,9 @@
 
 Plain ``@triton.jit`` without a launch of its own, so that the warp that fetches and the warpgroups that
 multiply find the same tiles in the same order without a word between them.
+
+A *turn* here numbers what one program works on: its first query tile, its second, ... The turns that
+warpgroups take at the tensor cores are another matter, and all in :mod:`fap_kernels.hopper.turns`.
 """
 
 from __future__ import annotations
@@ -107,7 +110,7 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
         batch, head, first_query = tiles.place_of(
             item, call.nheads, call.seqlen_q, BLOCK_M, call.window_right is not None
         )
-        return batch, head, first_query, item >= 0
+        return batch, head, first_query, item >= 0  # always there: next_turn wants a tensor
 
 
 @triton.jit

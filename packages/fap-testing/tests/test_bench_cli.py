@@ -186,6 +186,7 @@ def test_decoding_takes_pairs_of_batch_and_length():
     bench("decode", *small, "--batches", "2x16", "--seqlens", "8", code=2)
     bench("decode", *small, "--batches", "2x16,8", code=2)
     bench("decode", *small, "--batches", "2xmany", code=2)
+    bench("decode", *small, "--batches", "2x", code=2)
 
 
 def test_memory_grows_with_the_length_not_its_square(tmp_path):

@@ -301,7 +301,7 @@ def _cache_sizes(batches: str, seqlens: str, default_lengths: str) -> list[tuple
     if seqlens:
         raise typer.BadParameter(f"--batches {batches} says the lengths already, got --seqlens {seqlens}")
     pairs = [name.split("x") for name in options.names(batches, "--batches")]
-    if any(len(pair) != 2 for pair in pairs):
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise typer.BadParameter(f"--batches takes BATCHxSEQLEN for all points or for none, got {batches!r}")
     found = [options.numbers(",".join(pair), "--batches") for pair in pairs]
     return [(batch, seqlen) for batch, seqlen in found]

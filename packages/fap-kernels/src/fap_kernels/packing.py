@@ -141,7 +141,7 @@ def check_block_table(block_table: Any, page_size: int, batch: int, device: torc
         )
     if page_size < LEAST_PAGE_SIZE or page_size & (page_size - 1):
         raise RuntimeError(
-            f"the page size (k's second dimension where block_table is given) must be a power of two and at "
+            f"the page size (the second dimension of keys in pages) must be a power of two and at "
             f"least {LEAST_PAGE_SIZE}, got {page_size}"
         )
     if block_table.shape[1] > 1 and block_table.stride(1) != 1:

@@ -153,6 +153,7 @@ def test_explain_tells_what_a_call_would_raise(qkv):
     assert explanation.backend is None
     assert "pip install" in explanation.error
     assert "attention would raise" in str(explanation)
+    assert str(explanation).count("use_backend('cuda')") == 1
     assert "  torch: could run it too" in str(explanation)
 
 

@@ -39,12 +39,12 @@ class Explanation:
     schedule: str | None = None
 
     def __str__(self) -> str:
-        head = (
-            f"attention would run on {self.backend!r}"
-            if self.error is None
-            else f"attention would raise: {self.error}"
-        )
-        lines = [f"{head} ({self.chosen_by})"]
+        if self.error is None:
+            lines = [f"attention would run on {self.backend!r} ({self.chosen_by})"]
+        else:
+            # The error of an explicit choice says itself what made it.
+            told = "" if self.chosen_by in self.error else f" ({self.chosen_by})"
+            lines = [f"attention would raise: {self.error}{told}"]
         if self.schedule is not None:
             lines.append(f"  {self.backend}: {self.schedule}")
         for name, reasons in self.reasons.items():

@@ -353,3 +353,11 @@ def test_padding_mask_keeps_the_keys_of_a_window():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
     assert padding_mask(2, 1, 4, attention_mask=mask) is None
     assert torch.equal(padding_mask(2, 1, 5, attention_mask=mask), mask[:, 1:])
+
+
+def test_transformers_4_is_refused(monkeypatch):
+    with monkeypatch.context() as patch:
+        # By name, since transformers puts another module in its own place.
+        patch.setattr("transformers.__version__", "4.57.1")
+        with pytest.raises(ImportError, match="needs transformers 5 or newer .* got 4.57.1"):
+            integration.register()

@@ -53,12 +53,18 @@ def unregister() -> None:
 
 def _registries() -> tuple[Any, Any]:
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, __version__
     except ImportError as error:
         raise ImportError(
             "attn_implementation='fap' needs transformers 5 or newer (pip install 'transformers>=5'), "
             f"but {error}"
         ) from error
+    # Late releases of transformers 4 have both registries, and call what is registered with other arguments.
+    if int(__version__.partition(".")[0]) < 5:
+        raise ImportError(
+            "attn_implementation='fap' needs transformers 5 or newer (pip install 'transformers>=5'), "
+            f"got {__version__}"
+        )
     return AttentionInterface, AttentionMaskInterface
 
 

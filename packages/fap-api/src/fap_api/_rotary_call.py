@@ -44,8 +44,9 @@ def rotary(
     offset, offsets = _offsets(x, cos, seqlen_offsets, batch, packed=cu_seqlens is not None)
     # Callers hand down 0-d tensors as well as ints, and a symbolic int is to stay one.
     longest = max_seqlen if max_seqlen is None or isinstance(max_seqlen, int) else int(max_seqlen)
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved must be True or False, got {type(interleaved).__name__}")
+    for name, flag in (("interleaved", interleaved), ("inplace", inplace)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {type(flag).__name__}: {flag!r}")
     rest = (cos, sin, interleaved, offset, offsets, cu_seqlens, longest, False, _backend(x))
     needs_grad = needs_grad and x.requires_grad
     if not (needs_grad or compiling):

@@ -159,6 +159,8 @@ INDICES = torch.arange(3)
         (lambda: index_first_axis(torch.tensor(1.0), INDICES), RuntimeError, r"x must have shape"),
         (lambda: index_put_first_axis(HIDDEN, INDICES, 9), RuntimeError, "values must have a row for each"),
         (lambda: index_put_first_axis(HIDDEN, INDICES[:2], -1), ValueError, "first_axis_dim must be at"),
+        (lambda: index_first_axis(HIDDEN, INDICES + 90), IndexError, "indices must be .* below the number"),
+        (lambda: pad_input(HIDDEN[0, :3], INDICES + 90, 1, 4), IndexError, "below .* rows 4, got 9"),
         (lambda: pad_input(HIDDEN, INDICES, 1, 4), RuntimeError, "hidden_states must have a row for each"),
         (lambda: pad_input(HIDDEN, INDICES[:2], 1.5, 4), TypeError, "batch must be an integer, got float"),
         (lambda: pad_input([1], INDICES, 1, 4), TypeError, "hidden_states must be a torch.Tensor, got list"),

@@ -68,7 +68,7 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
         ``(batch, seqlen, ...)``.
 
     Raises:
-        RuntimeError, TypeError, ValueError: as :func:`index_put_first_axis`.
+        RuntimeError, TypeError, ValueError, IndexError: as :func:`index_put_first_axis`.
     """
     batch, seqlen = check_length("batch", batch), check_length("seqlen", seqlen)
     _check_rows("hidden_states", hidden_states, indices, as_many=True)
@@ -126,10 +126,14 @@ def index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
     Raises:
         RuntimeError, TypeError: indices of another shape, dtype or device, or x without rows.
+        IndexError: on a CPU, an index of no row; a GPU stops with an assertion of its own.
     """
     _check_rows("x", x, indices)
     # Not x[indices], whose backward sorts the indices.
-    return x.index_select(0, indices)
+    try:
+        return x.index_select(0, indices)
+    except IndexError as error:
+        raise _out_of_range(indices, len(x)) from error
 
 
 def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int) -> torch.Tensor:
@@ -143,6 +147,7 @@ def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis
     Raises:
         RuntimeError, TypeError, ValueError: indices of another shape, dtype or device, values without a row
             for each, or a number of rows that is none.
+        IndexError: as :func:`index_first_axis`.
     """
     _check_rows("values", values, indices, as_many=True)
     return _put(values, indices, check_length("first_axis_dim", first_axis_dim))
@@ -157,7 +162,18 @@ def index_first_axis_residual(x: torch.Tensor, indices: torch.Tensor) -> tuple[t
 
 
 def _put(values: torch.Tensor, indices: torch.Tensor, rows: int) -> torch.Tensor:
-    return values.new_zeros((rows, *values.shape[1:])).index_copy(0, indices, values)
+    zeros = values.new_zeros((rows, *values.shape[1:]))
+    try:
+        return zeros.index_copy(0, indices, values)
+    except IndexError as error:
+        raise _out_of_range(indices, rows) from error
+
+
+def _out_of_range(indices: torch.Tensor, rows: int) -> IndexError:
+    return IndexError(
+        f"indices must be at least 0 and below the number of rows {rows}, got {int(indices.min())} to "
+        f"{int(indices.max())}"
+    )
 
 
 def _cumulated(seqlens: torch.Tensor) -> torch.Tensor:

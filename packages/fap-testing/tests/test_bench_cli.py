@@ -158,6 +158,13 @@ def test_a_mistaken_option_says_what_is_accepted(arguments, message):
     assert message in " ".join(output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("option", ["--json", "--csv", "--plot"])
+def test_nothing_is_measured_that_cannot_be_written(option, tmp_path):
+    (tmp_path / "file").touch()
+    output = bench("prefill", "--quick", option, tmp_path / "file" / "record", code=2)
+    assert "must be a folder that may be written to" in " ".join(output.replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,9 +76,26 @@ Jobs = Annotated[
 Commit = Annotated[
     str, typer.Option(help="What is measured, where no checkout around the code tells.", show_default="none")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the record here.", dir_okay=False)]
-Csv = Annotated[Path | None, typer.Option("--csv", help="Write the figures as a table here.", dir_okay=False)]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the figures here.", dir_okay=False)]
+
+
+def writable(path: Path | None) -> Path | None:
+    """Return a path that a file can be written to, so that nothing is measured in vain."""
+    if path is None or (path.exists() and os.access(path, os.W_OK)):
+        return path
+    # Folders that are missing will be made.
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.exists() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise typer.BadParameter(f"cannot write {path}: {there} must be a folder that may be written to")
+    return path
+
+
+def _output(option: str, text: str) -> Any:
+    return typer.Option(option, help=text, dir_okay=False, callback=writable)
+
+
+Json = Annotated[Path | None, _output("--json", "Write the record here.")]
+Csv = Annotated[Path | None, _output("--csv", "Write the figures as a table here.")]
+Plot = Annotated[Path | None, _output("--plot", "Draw the figures here.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

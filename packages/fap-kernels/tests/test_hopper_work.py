@@ -110,29 +110,84 @@ def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any,
     """Every visible key is visited, no unmasked step needs a mask, and settled rows have met a key."""
     _, _, _, first_query, length_q, length_k, _, top, count, *phases = turn
     assert (length_q, length_k) == (seqlen_q, seqlen_k)
-    queries = torch.arange(first_query, min(first_query + BLOCK_M, seqlen_q))[:, None]
-    keys = torch.arange(top + BLOCK_N)[None, :]
-    distance = queries + seqlen_k - seqlen_q - keys
-    seen = keys < seqlen_k
-    if bound[0] is not None:
-        seen = seen & (distance <= bound[0])
-    if bound[1] is not None:
-        seen = seen & (distance >= -bound[1])
-    seen = seen.expand(len(queries), -1)
-    last = top - (count - 1) * BLOCK_N
+    end, last = top + BLOCK_N, top - (count - 1) * BLOCK_N
+    seen = visible(first_query, seqlen_q, seqlen_k, max(end, seqlen_k), bound)
     assert last >= 0
     assert not seen[:, :last].any(), "a visible key lies below the last step"
-    assert bound[1] is not None or top + BLOCK_N >= seqlen_k, "a visible key lies above the first step"
+    assert not seen[:, end:].any(), "a visible key lies above the first step"
     for part, (settled, unmasked_end) in enumerate(zip(phases[::2], phases[1::2], strict=True)):
         assert 1 <= settled <= count
         assert bound[0] is not None or max(settled, unmasked_end) == count, "a step would be left out"
-        rows = seen[part * 64 : (part + 1) * 64]
+        rows = seen[part * 64 : (part + 1) * 64, :end]
         for step in range(settled, unmasked_end):
             first_key = top - step * BLOCK_N
             assert rows[:, first_key : first_key + BLOCK_N].all(), "an unmasked step holds a hidden key"
         if unmasked_end > settled:
             met = rows[:, top - (settled - 1) * BLOCK_N :].any(1)
             assert met.all(), "a row has met no key when it is settled"
+
+
+def visible(
+    first_query: int, seqlen_q: int, seqlen_k: int, columns: int, bound: tuple[Any, Any]
+) -> torch.Tensor:
+    """Which of the first ``columns`` keys the queries of a tile see."""
+    queries = torch.arange(first_query, min(first_query + BLOCK_M, seqlen_q))[:, None]
+    keys = torch.arange(columns)[None, :]
+    distance = queries + seqlen_k - seqlen_q - keys
+    seen = (keys < seqlen_k).expand(len(queries), -1)
+    if bound[0] is not None:
+        seen = seen & (distance <= bound[0])
+    if bound[1] is not None:
+        seen = seen & (distance >= -bound[1])
+    return seen
+
+
+@pytest.mark.parametrize("bound", [(None, None), (None, 0), (40, 30), (200, 0), (None, 70)], ids=str)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 300), (300, 190), (200, 520), (129, 1)])
+def test_the_steps_add_up_to_attention(seqlen_q: int, seqlen_k: int, bound: tuple[Any, Any]) -> None:
+    """The schedule in PyTorch: masked steps are online, the others keep to a reference that stays."""
+    torch.manual_seed(0)
+    scores = torch.randn(seqlen_q, seqlen_k, dtype=torch.float64) * 3.0
+    v = torch.randn(seqlen_k, 8, dtype=torch.float64)
+    tiles = range(0, seqlen_q, BLOCK_M)
+    seen = torch.cat([visible(first, seqlen_q, seqlen_k, seqlen_k, bound) for first in tiles])
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), 1).nan_to_num(0.0)
+    out = torch.empty(seqlen_q, 8, dtype=torch.float64)
+    for turn in itertools.chain(*turns([seqlen_q], [seqlen_k], 1, bound, False, False)):
+        for part in range(BLOCK_M // 64):
+            rows = slice(turn[3] + part * 64, min(turn[3] + part * 64 + 64, seqlen_q))
+            if rows.start < seqlen_q:
+                out[rows] = sweep(turn, *turn[9 + 2 * part : 11 + 2 * part], scores[rows], seen[rows], v)
+    torch.testing.assert_close(out, weights @ v)
+
+
+def sweep(
+    turn: list[int],
+    settled: int,
+    unmasked_end: int,
+    scores: torch.Tensor,
+    seen: torch.Tensor,
+    v: torch.Tensor,
+) -> torch.Tensor:
+    """One warpgroup's rows of the output; keys that do not exist are zeros, as TMA fetches them."""
+    top, count = turn[7:9]
+    missing = max(0, top + BLOCK_N - len(v))
+    scores, seen = (torch.nn.functional.pad(x, (0, missing)) for x in (scores, seen))
+    v = torch.nn.functional.pad(v, (0, 0, 0, missing))
+    row_max = scores.new_full((len(scores), 1), -torch.inf)
+    row_sum, acc = torch.zeros_like(row_max), scores.new_zeros(len(scores), v.shape[1])
+    for step in range(count):
+        keys = slice(top - step * BLOCK_N, top - step * BLOCK_N + BLOCK_N)
+        x, reference, rescale = scores[:, keys], row_max, 1.0
+        if not settled <= step < unmasked_end:
+            x = x.masked_fill(~seen[:, keys], -torch.inf)
+            new_max = torch.maximum(row_max, x.amax(1, keepdim=True))
+            reference = new_max.masked_fill(new_max == -torch.inf, 0.0)
+            rescale = torch.exp(row_max - reference)
+            row_max = new_max
+        p = torch.exp(x - reference)
+        row_sum, acc = row_sum * rescale + p.sum(1, keepdim=True), acc * rescale + p @ v[keys]
+    return torch.where(row_sum == 0.0, 0.0, acc / row_sum)
 
 
 def test_pairs_have_equal_work() -> None:

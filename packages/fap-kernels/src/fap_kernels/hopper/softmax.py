@@ -10,8 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..language import softmax
+from .config import WARPGROUP_ROWS
 
-ROWS = gl.constexpr(64)
+ROWS = gl.constexpr(WARPGROUP_ROWS)
 """Rows of a warpgroup: what one wgmma instruction covers."""
 
 QUAD = gl.constexpr(

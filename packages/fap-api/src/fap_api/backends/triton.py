@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,11 +53,7 @@ class TritonBackend:
             q,
             k,
             v,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             dropout_p=score.dropout_p,
         )
 
@@ -85,11 +81,7 @@ class TritonBackend:
             out,
             softmax_lse,
             dlse=dlse,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             dropout_p=score.dropout_p,
             rng_state=rng_state,
             deterministic=deterministic,
@@ -110,11 +102,7 @@ class TritonBackend:
             q,
             k,
             softmax_lse,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             dropout_p=score.dropout_p,
             rng_state=rng_state,
         )
@@ -129,18 +117,11 @@ class TritonBackend:
             q,
             k,
             v,
-            packing.cu_seqlens_q,
-            packing.cu_seqlens_k,
-            packing.max_seqlen_q,
-            packing.max_seqlen_k,
+            *_lengths(packing),
             seqused_q=packing.seqused_q,
             seqused_k=packing.seqused_k,
             block_table=packing.block_table,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             dropout_p=score.dropout_p,
         )
 
@@ -168,18 +149,11 @@ class TritonBackend:
             v,
             out,
             softmax_lse,
-            packing.cu_seqlens_q,
-            packing.cu_seqlens_k,
-            packing.max_seqlen_q,
-            packing.max_seqlen_k,
+            *_lengths(packing),
             dlse=dlse,
             seqused_q=packing.seqused_q,
             seqused_k=packing.seqused_k,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             dropout_p=score.dropout_p,
             rng_state=rng_state,
             deterministic=deterministic,
@@ -201,18 +175,11 @@ class TritonBackend:
             q,
             k,
             softmax_lse,
-            packing.cu_seqlens_q,
-            packing.cu_seqlens_k,
-            packing.max_seqlen_q,
-            packing.max_seqlen_k,
+            *_lengths(packing),
             seqused_q=packing.seqused_q,
             seqused_k=packing.seqused_k,
             block_table=packing.block_table,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             dropout_p=score.dropout_p,
             rng_state=rng_state,
         )
@@ -241,13 +208,25 @@ class TritonBackend:
             cache_batch_idx=places.batch_idx,
             cache_leftpad=places.leftpad,
             block_table=places.block_table,
-            softmax_scale=score.softmax_scale,
-            causal=score.window_right == 0,
-            window_size=(score.window_left, score.window_right),
-            softcap=score.softcap,
-            alibi_slopes=score.alibi_slopes,
+            **_scoring(score),
             num_splits=num_splits,
         )
+
+
+def _scoring(score: Score) -> dict[str, Any]:
+    """Return how fap-kernels is told to make scores; dropout, which a cache does not have, is apart."""
+    return {
+        "softmax_scale": score.softmax_scale,
+        "causal": score.window_right == 0,
+        "window_size": (score.window_left, score.window_right),
+        "softcap": score.softcap,
+        "alibi_slopes": score.alibi_slopes,
+    }
+
+
+def _lengths(packing: Packing) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Return where packed sequences lie and how long the longest are, as fap-kernels takes them."""
+    return packing.cu_seqlens_q, packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k
 
 
 def _append(

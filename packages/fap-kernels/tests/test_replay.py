@@ -114,9 +114,14 @@ def test_an_append_and_a_rotation_are_kept(on_cpu: None) -> None:
 
     turn = plan_rotary(k, out, cos, sin, lengths, None, 1, interleaved=False, conjugate=False)
     given = {"x": k, "out": None, "cos": cos, "sin": sin, "offsets": lengths, "cu_seqlens": None}
-    replay = Replay.of([(turn, Compiled())], given, {"out": out})
+    compiled = Compiled()
+    replay = Replay.of([(turn, compiled)], given, {"out": out})
     assert replay is not None
     (made,) = replay.run(*given.values())
+    (call,) = compiled.calls
+    launched = dict(zip((x.name for x in turn.kernel.params), call[9:], strict=True))
+    assert launched["x"] is k
+    assert launched["out"] is made
     assert made.shape == out.shape
 
 

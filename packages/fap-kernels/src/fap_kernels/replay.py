@@ -121,10 +121,12 @@ class Replay:
         """
         steps = []
         named = {**given, **made}
+        # Where a result was not given, its name stands for None among those given: what was made counts.
+        places = {name: place for place, name in enumerate((*given, *made))}
         for launch, compiled in launches:
             if launch.programs == 0:
                 continue
-            step = _Step.of(launch, compiled, named)
+            step = _Step.of(launch, compiled, named, places)
             if step is None:
                 return None
             steps.append(step)
@@ -156,13 +158,18 @@ class _Step:
     descriptors: list[tuple[int, int, Any]]
 
     @classmethod
-    def of(cls, launch: Launch, compiled: Any, named: Mapping[str, torch.Tensor | None]) -> _Step | None:
+    def of(
+        cls,
+        launch: Launch,
+        compiled: Any,
+        named: Mapping[str, torch.Tensor | None],
+        places: Mapping[str, int],
+    ) -> _Step | None:
         if not hasattr(compiled, "packed_metadata"):
             return None  # Triton's interpreter compiles nothing.
         from triton import knobs
 
         step = cls(compiled, knobs.runtime, (launch.programs, 1, 1), [], [], [])
-        order = list(named)
         for position, parameter in enumerate(launch.kernel.params):
             value = launch.arguments[parameter.name]
             step.values.append(value)
@@ -176,9 +183,9 @@ class _Step:
                 return None
             step.values[-1] = None
             if tensor is value:
-                step.tensors.append((position, order.index(name)))
+                step.tensors.append((position, places[name]))
             else:
-                step.descriptors.append((position, order.index(name), _Descriptor(value)))
+                step.descriptors.append((position, places[name], _Descriptor(value)))
         return step
 
     def run(self, stream: int, tensors: Sequence[torch.Tensor | None]) -> None:

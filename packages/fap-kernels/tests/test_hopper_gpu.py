@@ -42,7 +42,8 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> 
     assert torch.equal(lse, lse_again)
     right, right_lse, _ = attention_reference(q.double(), k.double(), v.double(), **options)
     assert (out.double() - right).norm() <= ERRORS[q.dtype] * right.norm()
-    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-4, rtol=1e-6)
+    # Logits of some hundreds are sums of up to 256 products in the tensor cores' float32.
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-4, rtol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
@@ -97,7 +98,8 @@ def test_a_graph_finds_new_marks_when_it_is_replayed() -> None:
     graph.replay()
     right, right_lse, _ = attention_reference(q.double(), k.double(), v.double())
     assert (out.double() - right).norm() <= ERRORS[q.dtype] * right.norm()
-    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-4, rtol=1e-6)
+    # Logits of some hundreds are sums of up to 256 products in the tensor cores' float32.
+    torch.testing.assert_close(lse.double(), right_lse.double(), atol=1e-4, rtol=4e-6)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

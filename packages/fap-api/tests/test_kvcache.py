@@ -246,6 +246,16 @@ class TestArguments:
         call["cache_seqlens"][1] = 3  # then that page is not in use
         fap_api.flash_attn_with_kvcache(**call)
 
+    @pytest.mark.parametrize(
+        "length", [31, torch.tensor([31, 5], dtype=torch.int32)], ids=["number", "tensor"]
+    )
+    def test_full_pages_are_called_by_their_name(self, length):
+        call = draw(paged=True) | {"cache_seqlens": length}
+        fap_api.flash_attn_with_kvcache(**call)
+        says = "cache_seqlens .*: 32 keys and 1 new ones do not fit the pages of block_table, which hold 32"
+        with pytest.raises(RuntimeError, match=says):
+            fap_api.flash_attn_with_kvcache(**call | {"cache_seqlens": length + 1})
+
     def test_queries_beyond_the_angles(self):
         call = draw(rotary=True) | {"q": torch.randn(2, 20, 4, 16), "causal": True}
         with pytest.raises(RuntimeError, match="32 positions, and the last query .* position 36"):

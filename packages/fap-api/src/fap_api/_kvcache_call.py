@@ -76,7 +76,8 @@ def attention_with_kvcache(
     plan = _plan(tensors, options)
     q, k_cache, v_cache, k, v, cos, sin, seqlens, *places, slopes = tensors
     if seqlens is not None and not isinstance(seqlens, torch.Tensor):
-        length = as_length(seqlens, 0 if k is None else k.shape[1], plan.capacity)
+        seqlen_new = 0 if k is None else k.shape[1]
+        length = as_length(seqlens, seqlen_new, plan.capacity, tensors.block_table is not None)
         seqlens = torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
     rest = (seqlens, *places, slopes, *plan.score, plan.num_splits, plan.backend)
     if torch.compiler.is_compiling():
@@ -138,7 +139,7 @@ def _describe(tensors: KVCacheTensors, options: KVCacheOptions) -> tuple[Attenti
     )
     check_last_strides(k_cache, v_cache)
     if seqlens is not None and not isinstance(seqlens, torch.Tensor):
-        as_length(seqlens, 0, cache.capacity)
+        as_length(seqlens, 0, cache.capacity, cache.block_table is not None)
     if k is not None:
         check_new_keys(q, k_cache, k, v, cache.capacity)
     if cos is not None:

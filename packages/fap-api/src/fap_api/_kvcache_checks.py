@@ -103,8 +103,11 @@ def check_rotary(q: torch.Tensor, cos: Any, sin: Any, capacity: int) -> None:
         )
 
 
-def as_length(cache_seqlens: Any, seqlen_new: int, capacity: int) -> int:
+def as_length(cache_seqlens: Any, seqlen_new: int, capacity: int, paged: bool) -> int:
     """Return the one length of all sequences as an int, if it is in the cache and leaves room for new keys.
+
+    Args:
+        paged: whether the capacity is that of a block_table's pages.
 
     Raises:
         TypeError: neither a tensor nor an integer.
@@ -126,7 +129,7 @@ def as_length(cache_seqlens: Any, seqlen_new: int, capacity: int) -> int:
     if length < 0:
         raise ValueError(f"cache_seqlens must be at least 0, got {length}")
     if length + seqlen_new > capacity:
-        raise RuntimeError(_no_room(length, seqlen_new, capacity))
+        raise RuntimeError(_no_room(length, seqlen_new, capacity, paged))
     return int(length)
 
 
@@ -148,7 +151,7 @@ def check_on_host(
         if length < 0:
             raise RuntimeError(f"cache_seqlens must be at least 0, got {lengths}")
         if length + seqlen_new > capacity:
-            raise RuntimeError(_no_room(length, seqlen_new, capacity))
+            raise RuntimeError(_no_room(length, seqlen_new, capacity, places.block_table is not None))
         if rotary_rows is not None and length + seqlen_q > rotary_rows:
             raise RuntimeError(
                 f"rotary_cos and rotary_sin have {rotary_rows} positions, and the last query of a sequence "
@@ -170,6 +173,7 @@ def _check_indices(name: str, index: torch.Tensor, length: int, of_what: str) ->
         raise RuntimeError(f"{name} must name some of the {length} {of_what}, got {index.tolist()}")
 
 
-def _no_room(length: int, seqlen_new: int, capacity: int) -> str:
+def _no_room(length: int, seqlen_new: int, capacity: int, paged: bool) -> str:
     new = f" and {seqlen_new} new ones" if seqlen_new else ""
-    return f"cache_seqlens must leave room: {length} keys{new} do not fit the cache's capacity {capacity}"
+    holder = "the pages of block_table, which hold" if paged else "the cache's capacity"
+    return f"cache_seqlens must leave room: {length} keys{new} do not fit {holder} {capacity}"

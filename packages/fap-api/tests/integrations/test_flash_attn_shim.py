@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fap_api
+from fap_api import _kvcache_ops
 from fap_api.integrations import flash_attn_shim
 
 PUBLIC = [
@@ -245,6 +246,27 @@ def test_keys_in_pages_raise_in_the_backward_pass_alone(shim):
     assert torch.equal(out, expected)
     with pytest.raises(RuntimeError, match="keys and values in pages have none"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_lengths_beyond_the_pages_raise_wherever_they_are(shim, new, monkeypatch):
+    # On a device fap_api itself does not read them.
+    monkeypatch.setattr(_kvcache_ops, "check_on_host", lambda *_: None)
+    q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)
+    call = {
+        "cache_seqlens": torch.tensor([32 - new, 5], dtype=torch.int32),
+        "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+    } | ({"k": k, "v": k} if new else {})
+    pages = torch.randn(2, 4, 16, 2, 8)
+    expected = fap_api.flash_attn_with_kvcache(q, *pages.clone(), **call)
+    assert torch.equal(shim.flash_attn_with_kvcache(q, *pages, **call), expected)
+    before = pages.clone()
+    call["cache_seqlens"] = call["cache_seqlens"] + 1
+    with pytest.raises(RuntimeError, match="do not fit the pages of block_table, which hold 32"):
+        shim.flash_attn_with_kvcache(q, *pages, **call)
+    assert torch.equal(pages, before)
+    with pytest.raises(RuntimeError, match="block_table"):
+        shim.flash_attn_with_kvcache(q, *pages, **call | {"block_table": call["block_table"][0]})
 
 
 def test_what_the_halves_refuse(shim):

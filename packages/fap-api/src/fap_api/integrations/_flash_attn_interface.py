@@ -14,6 +14,7 @@ import torch
 
 import fap_api
 from fap_api._call import Sequences
+from fap_api._kvcache_checks import as_length
 from fap_api._passes import backward_pass, forward_pass, probabilities_pass
 from fap_api._varlen_ops import PAGES_HAVE_NO_GRADIENT
 
@@ -94,6 +95,36 @@ def _with_pages_under_autograd(function: Callable[..., Any]) -> Callable[..., An
     return wrapper
 
 
+def _with_pages_that_suffice(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a sequence that is longer than its pages raise wherever its length is.
+
+    As in flash-attn, which waits for the device to tell the lengths of a cache in pages. While a CUDA graph
+    is recorded, nothing can be read.
+    """
+    places = {name: place for place, name in enumerate(inspect.signature(function).parameters)}
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        names = ("k_cache", "k", "cache_seqlens", "block_table")
+        given: list[Any] = [
+            args[places[name]] if len(args) > places[name] else kwargs.get(name) for name in names
+        ]
+        k_cache, k, lengths, block_table = given
+        tensors = (k_cache, lengths, block_table)
+        if all(isinstance(x, torch.Tensor) and x.numel() for x in tensors) and _readable(lengths):
+            capacity = block_table.shape[-1] * k_cache.shape[1]
+            as_length(int(lengths.max()), 0 if k is None else k.shape[1], capacity, paged=True)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _readable(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 flash_attn_func = _with_unnormalised_weights(fap_api.flash_attn_func)
 flash_attn_kvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_kvpacked_func)
 flash_attn_qkvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_qkvpacked_func)
@@ -102,7 +133,7 @@ flash_attn_varlen_func = _with_unnormalised_weights(
 )
 flash_attn_varlen_kvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_varlen_kvpacked_func)
 flash_attn_varlen_qkvpacked_func = _with_unnormalised_weights(fap_api.flash_attn_varlen_qkvpacked_func)
-flash_attn_with_kvcache = fap_api.flash_attn_with_kvcache
+flash_attn_with_kvcache = _with_pages_that_suffice(fap_api.flash_attn_with_kvcache)
 
 
 def _get_block_size_n(

@@ -8,10 +8,11 @@ which saves most of the host time of a call. Nothing here holds memory of the GP
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .direct import DirectLaunch, is_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Replay", "Replays"]
 
 MOST_REPLAYS = 4096
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+MOST_MAPS = 128
+# Types whose values never change, a tuple's where its elements' do not.
+_PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _BOUNDS = frozenset((int,))
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 class Replays:
@@ -37,35 +41,30 @@ class Replays:
 
     def key(self, tensors: Sequence[torch.Tensor | None], options: Sequence[Any]) -> Hashable:
         """The key of a call, or None if it holds something unusual and must be checked each time."""
-        if not isinstance(tensors[0], torch.Tensor) or not tensors[0].is_cuda:
+        if not _TENSORS.issuperset(map(type, tensors)) or tensors[0] is None or not tensors[0].is_cuda:
             return None
-        parts: list[Hashable] = []
-        for x in tensors:
-            if x is None:
-                parts.append(None)
-            elif type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
-                # Sparse tensors have no strides, and fake ones no address.
-                try:
-                    parts.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16))
-                except RuntimeError:
-                    return None
-            else:
-                return None
+        # Equal values of two types may be right and wrong: True, 1 and 1.0.
+        kinds = tuple(map(type, options))
+        if not _PLAIN.issuperset(kinds):
+            return None
         for option in options:
-            kind = type(option)
-            if kind is tuple:
-                if not _BOUNDS.issuperset(map(type, option)):
-                    return None
-            elif kind not in _PLAIN:
+            if type(option) is tuple and not _BOUNDS.issuperset(map(type, option)):
                 return None
-            # Equal values of two types may be right and wrong: True, 1 and 1.0.
-            parts.append((kind, option))
-        return tuple(parts)
+        # Sparse tensors have no strides, and fake ones no address.
+        try:
+            facts = [
+                None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+                for x in tensors
+            ]
+        except RuntimeError:
+            return None
+        return (*facts, kinds, *options)
 
     def find(self, key: Hashable) -> Replay | None:
         """The launches of an earlier call with this key, where they can run now."""
         replay = self._kept.get(key) if key is not None else None
-        if replay is None or replay.device != torch.cuda.current_device():
+        # Not torch.cuda.current_device, which sees to it each time that CUDA is there.
+        if replay is None or replay.device != torch._C._cuda_getDevice():
             return None
         return replay
 
@@ -101,7 +100,10 @@ class Replay:
     __slots__ = ("_made", "_steps", "device")
 
     def __init__(
-        self, steps: list[_Step], made: list[tuple[torch.Size, torch.dtype, torch.device]], device: int
+        self,
+        steps: list[_Step],
+        made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]],
+        device: int,
     ) -> None:
         self._steps = steps
         self._made = made
@@ -130,7 +132,8 @@ class Replay:
             if step is None:
                 return None
             steps.append(step)
-        return cls(steps, [(x.shape, x.dtype, x.device) for x in made.values()], torch.cuda.current_device())
+        new = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in made.values()]
+        return cls(steps, new, torch.cuda.current_device())
 
     def run(self, *given: torch.Tensor | None) -> list[torch.Tensor]:
         """Launch on the current stream, with tensors in the order in which they were given.
@@ -138,7 +141,11 @@ class Replay:
         Returns:
             New tensors in place of those that the first call made, in their order.
         """
-        made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._made]
+        # Half the host time of torch.empty, which is overloaded.
+        made = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype, device in self._made
+        ]
         tensors = (*given, *made)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self._steps:
@@ -146,16 +153,29 @@ class Replay:
         return made
 
 
-@dataclass(slots=True)
 class _Step:
-    """One launch: a compiled kernel, the arguments that stay, and where the tensors and descriptors go."""
+    """One launch: a compiled kernel, the arguments that stay, and where the tensors and descriptors go.
 
-    compiled: Any
-    hooks: Any
-    grid: tuple[int, int, int]
-    values: list[Any]
-    tensors: list[tuple[int, int]]
-    descriptors: list[tuple[int, int, Any]]
+    Attributes:
+        compiled: what Triton's JIT returned.
+        grid: its grid.
+        values: the kernel's arguments in order, None where a tensor or a descriptor goes.
+        tensors: for each tensor, its position among the values, and its index among a call's tensors.
+        descriptors: the same of each descriptor, and all of it but its tensor.
+    """
+
+    __slots__ = ("_direct", "_hooks", "compiled", "descriptors", "grid", "tensors", "values")
+
+    def __init__(self, compiled: Any, grid: tuple[int, int, int], values: list[Any]) -> None:
+        from triton import knobs
+
+        self.compiled = compiled
+        self.grid = grid
+        self.values = values
+        self.tensors: list[tuple[int, int]] = []
+        self.descriptors: list[tuple[int, int, _Descriptor]] = []
+        self._hooks = knobs.runtime
+        self._direct: _DirectStep | None = None
 
     @classmethod
     def of(
@@ -167,39 +187,101 @@ class _Step:
     ) -> _Step | None:
         if not hasattr(compiled, "packed_metadata"):
             return None  # Triton's interpreter compiles nothing.
-        from triton import knobs
-
-        step = cls(compiled, knobs.runtime, (launch.programs, 1, 1), [], [], [])
-        for position, parameter in enumerate(launch.kernel.params):
-            value = launch.arguments[parameter.name]
-            step.values.append(value)
+        values = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
+        step = cls(compiled, (launch.programs, 1, 1), values.copy())
+        for position, (parameter, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
             name = parameter.name.removesuffix("_part0").removesuffix("_part1")
-            # Triton's descriptors and Gluon's are two classes with the same fields.
-            tensor = value.base if hasattr(value, "block_shape") else value
+            tensor = value.base if is_descriptor(value) else value
             if not isinstance(tensor, torch.Tensor):
                 continue
             original = named.get(name)
             if original is None or original.data_ptr() != tensor.data_ptr():
                 return None
-            step.values[-1] = None
+            step.values[position] = None
             if tensor is value:
                 step.tensors.append((position, places[name]))
             else:
                 step.descriptors.append((position, places[name], _Descriptor(value)))
+        step._direct = _DirectStep.of(step, values)
         return step
 
     def run(self, stream: int, tensors: Sequence[torch.Tensor | None]) -> None:
-        values = self.values.copy()
-        for position, index in self.tensors:
-            values[position] = tensors[index]
-        for position, index, descriptor in self.descriptors:
-            values[position] = descriptor.of(tensors[index])
-        compiled, hooks = self.compiled, self.hooks
+        # A profiler's hooks are told of a launch by Triton's launcher.
+        if self._direct is not None and not _hooked(self._hooks):
+            self._direct.run(stream, tensors)
+            return
+        values = self.filled(tensors)
+        compiled, hooks = self.compiled, self._hooks
         metadata = compiled.launch_metadata(self.grid, stream, *values)
         compiled.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, metadata,
             hooks.launch_enter_hook, hooks.launch_exit_hook, *values,
         )  # fmt: skip
+
+    def filled(self, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+        """The kernel's arguments with these tensors."""
+        values = self.values.copy()
+        for position, index in self.tensors:
+            values[position] = tensors[index]
+        for position, index, descriptor in self.descriptors:
+            values[position] = descriptor.of(tensors[index])
+        return values
+
+
+class _DirectStep:
+    """A launch without Triton's Python.
+
+    The map of a descriptor depends on shape and strides, which the key holds, and on the address: maps are
+    kept by it. They hold no memory of the GPU.
+    """
+
+    __slots__ = ("_arguments", "_direct", "_maps", "_pointers", "_step")
+
+    def __init__(self, step: _Step, direct: DirectLaunch, arguments: list[Any]) -> None:
+        self._step = step
+        self._direct = direct
+        self._arguments = arguments
+        self._pointers = [(direct.places[position], index) for position, index in step.tensors]
+        self._maps: list[tuple[int, int, dict[int, Any]]] = [
+            (direct.places[position], index, {}) for position, index, _ in step.descriptors
+        ]
+        # What is kept must keep no tensor alive.
+        for place in (*(x[0] for x in self._pointers), *(x[0] for x in self._maps)):
+            arguments[place] = None
+
+    @classmethod
+    def of(cls, step: _Step, values: Sequence[Any]) -> _DirectStep | None:
+        direct = DirectLaunch.of(step.compiled, step.grid, values)
+        return None if direct is None else cls(step, direct, direct.expand(values))
+
+    def run(self, stream: int, tensors: Sequence[Any]) -> None:
+        arguments = self._arguments.copy()
+        for place, index in self._pointers:
+            arguments[place] = tensors[index].data_ptr()
+        for place, index, maps in self._maps:
+            tensor_map = maps.get(tensors[index].data_ptr())
+            if tensor_map is None:
+                self._make_maps(tensors)
+                tensor_map = maps[tensors[index].data_ptr()]
+            arguments[place] = tensor_map
+        self._direct.run(stream, arguments)
+
+    def _make_maps(self, tensors: Sequence[Any]) -> None:
+        """Have Triton make the maps of these tensors, and keep them."""
+        arguments = self._direct.expand(self._step.filled(tensors))
+        for place, index, maps in self._maps:
+            if len(maps) >= MOST_MAPS:
+                maps.clear()
+            maps[tensors[index].data_ptr()] = arguments[place]
+
+
+def _hooked(runtime: Any) -> bool:
+    """Whether something is to be called before or after each launch."""
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # Since Triton 3.6 it is always a chain, which may be empty.
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
 
 
 class _Descriptor:

@@ -26,6 +26,8 @@ measure() { # NAME COMMAND OPTIONS...
 
 main=fap-triton,fap-hopper,sdpa-flash,sdpa-cudnn,flex$extra
 measure prefill prefill --head-dims 64,128,256 --seqlens 512,2048,8192,16384 --direction fwd,bwd --peers "$main" "$@"
+measure other prefill --head-dims 40,80,96,160,192,224 --seqlens 4096 --direction fwd \
+    --peers "fap-triton,fap-hopper,sdpa-flash" "$@"
 measure decode decode --head-dims 128 --kv-heads 8 --group 4 --graph --page-sizes 0,16 \
     --batches 16x8192,64x4096,128x1024,1x65536 --peers "fap-triton,sdpa-flash$extra" "$@"
 measure varlen varlen --head-dims 128 --seqlens 2048,mixed --peers "fap-triton,fap-dense,sdpa-flash$extra" "$@"

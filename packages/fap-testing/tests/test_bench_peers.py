@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -300,6 +301,17 @@ def test_flash_attn_4_is_called_as_documented(monkeypatch, problem):
     functions = {"flash_attn_func": dense, "flash_attn_varlen_func": packed}
     install_fake(monkeypatch, FlashAttention4.module, functions)
     judged(FlashAttention4(), problem, BOTH_WAYS)
+
+
+def test_flash_attn_4_keeps_what_is_compiled_beforehand(monkeypatch):
+    setting = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+    install_fake(monkeypatch, FlashAttention4.module, {})
+    monkeypatch.setenv(setting, "0")
+    assert FlashAttention4().absent("cuda", "prefill") is None
+    assert os.environ[setting] == "0"
+    monkeypatch.delenv(setting)
+    assert FlashAttention4().absent("cuda", "prefill") is None
+    assert os.environ[setting] == "1"
 
 
 @pytest.mark.parametrize("problem", [PREFILL, CAUSAL, VARLEN, VARLEN_CAUSAL], ids=str)

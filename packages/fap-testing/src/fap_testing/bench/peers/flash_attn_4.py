@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from fap_testing.bench.peers.base import AutogradCalls, Peer, first_of
@@ -17,7 +18,11 @@ __all__ = ["FlashAttention4"]
 
 
 class FlashAttention4(Peer):
-    """flash_attn.cute's public functions, as of 4.0.0b36."""
+    """flash_attn.cute's public functions, as of 4.0.0b36.
+
+    Compiled kernels are kept on disk, unless FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED says otherwise: what
+    other processes compile beforehand would be lost.
+    """
 
     name = "flash-attn-4"
     kinds = ("prefill", "varlen")
@@ -25,6 +30,11 @@ class FlashAttention4(Peer):
     module = "flash_attn.cute"
     install = "pip install --pre flash-attn-4"
     compiles = True
+
+    def absent(self, device: str, kind: str) -> str | None:
+        """Return why it cannot run, after a look at what is read on its import."""
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        return super().absent(device, kind)
 
     def prefill(self, problem: Prefill, tensors: Tensors) -> Calls:
         """Return calls of flash_attn_func."""

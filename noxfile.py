@@ -60,6 +60,13 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def flash_attn_suite(session: nox.Session) -> None:
+    """Run a sample of flash-attn's own tests on a GPU; after `--` come their file and options to pytest."""
+    install_workspace(session, "flash-attn-suite")
+    session.run("python", "packages/fap-api/tests/integrations/flash_attn_suite.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     install_group(session, "lint")

@@ -253,8 +253,9 @@ def test_lengths_beyond_the_pages_raise_wherever_they_are(shim, new, monkeypatch
     # On a device fap_api itself does not read them.
     monkeypatch.setattr(_kvcache_ops, "check_on_host", lambda *_: None)
     q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 2, 8)
+    lengths = torch.tensor([32 - new, 5], dtype=torch.int32)
     call = {
-        "cache_seqlens": torch.tensor([32 - new, 5], dtype=torch.int32),
+        "cache_seqlens": lengths,
         "block_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
     } | ({"k": k, "v": k} if new else {})
     pages = torch.randn(2, 4, 16, 2, 8)
@@ -267,6 +268,8 @@ def test_lengths_beyond_the_pages_raise_wherever_they_are(shim, new, monkeypatch
     assert torch.equal(pages, before)
     with pytest.raises(RuntimeError, match="block_table"):
         shim.flash_attn_with_kvcache(q, *pages, **call | {"block_table": call["block_table"][0]})
+    with pytest.raises(TypeError, match="k must be a torch.Tensor, got list"):
+        shim.flash_attn_with_kvcache(q, *pages, **call | {"k": [1.0], "v": k, "cache_seqlens": lengths})
 
 
 def test_what_the_halves_refuse(shim):

@@ -113,7 +113,8 @@ def _with_pages_that_suffice(function: Callable[..., Any]) -> Callable[..., Any]
         tensors = (k_cache, lengths, block_table)
         if all(isinstance(x, torch.Tensor) and x.numel() for x in tensors) and _readable(lengths):
             capacity = block_table.shape[-1] * k_cache.shape[1]
-            as_length(int(lengths.max()), 0 if k is None else k.shape[1], capacity, paged=True)
+            seqlen_new = k.shape[1] if isinstance(k, torch.Tensor) and k.dim() == 4 else 0
+            as_length(int(lengths.max()), seqlen_new, capacity, paged=True)
         return function(*args, **kwargs)
 
     return wrapper

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from fap_api import _flops, _ops, _varlen_ops
+from fap_api import _dispatch, _flops, _ops, _varlen_ops
 from fap_api._validate import refuse_tangents
 from fap_api.backends import select
 from fap_kernels.packing import Packing, check_length
@@ -62,6 +62,10 @@ class Sequences(NamedTuple):
         )
         return Sequences(bounds_q, bounds_k, longest_q, longest_k, *rest)
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Return all of it but the lengths of the longest sequences."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k, self.block_table
+
 
 class _Plan(NamedTuple):
     """The operator's options after ``alibi_slopes``, in its order."""
@@ -78,34 +82,37 @@ class _Plan(NamedTuple):
 # Plans by everything that the checks and the choice depend on, so that a repeated call is checked once.
 _plans: dict[tuple[object, ...], _Plan] = {}
 _MOST_PLANS = 4096
-# Types whose values never change. Equal values of two types may be right and wrong: True, 1 and 1.0.
-_NUMBERS = frozenset((int, float, type(None)))
+# Types whose values never change.
+_PLAIN = frozenset((bool, int, float, type(None)))
 _BOUNDS = frozenset((int,))
-_FLAGS = frozenset((bool,))
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run one attention call, dense or over packed sequences; results as for the public functions."""
-    q, k, v = _autocast(q, k, v)
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(q, k, v)
     operator: Any = _ops.attention_forward
+    function: Any = _ops.forward
+    places: tuple[Any, ...] = ()
     if sequences is not None:
-        operator, sequences = _varlen_ops.attention_varlen_forward, sequences.with_integers()
+        operator, function = _varlen_ops.attention_varlen_forward, _varlen_ops.forward
+        places = sequences = sequences.with_integers()
     plan = _plan(q, k, v, options, sequences)
     slopes = options.alibi_slopes
-    compiling = torch.compiler.is_compiling()
     if not compiling:
         if torch._C._len_torch_dispatch_stack():
             _flops.teach_active_counters()
         if forward_ad._current_level >= 0:
             refuse_tangents(q, k, v)
+    arguments = (q, k, v, *places, slopes, *plan)
     if compiling or _needs_grad(q, k, v):
-        out, softmax_lse, rng_state = operator(q, k, v, *(sequences or ()), slopes, *plan)
+        out, softmax_lse, rng_state = operator(*arguments)
     else:
-        # The operator's autograd kernel would find nothing to record, and cost 6 of 16 us of host time.
-        with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse, rng_state = operator(q, k, v, *(sequences or ()), slopes, *plan)
+        tensors = (q, k, v, slopes) if sequences is None else (q, k, v, slopes, *sequences.tensors())
+        out, softmax_lse, rng_state = _dispatch.call(operator, function, tensors, arguments)
     if not options.return_attn_probs:
         return out  # type: ignore[no-any-return]
     if not plan.dropout_p:
@@ -162,24 +169,22 @@ def _plan(
     if torch.compiler.is_compiling():
         return _new_plan(q, k, v, options, sequences)
     p, scale, causal, window, softcap, slopes, deterministic, return_attn_probs = options
-    plain = (
-        type(window) is tuple
-        and _BOUNDS.issuperset(map(type, window))
-        and _NUMBERS.issuperset(map(type, (p, scale, softcap)))
-        and _FLAGS.issuperset(map(type, (causal, deterministic, return_attn_probs)))
-    )
-    if not plain:
+    numbers = (p, scale, causal, softcap, deterministic, return_attn_probs)
+    # Equal values of two types may be right and wrong: True, 1 and 1.0.
+    kinds = tuple(map(type, numbers))
+    if type(window) is not tuple or not _BOUNDS.issuperset(map(type, window)) or not _PLAIN.issuperset(kinds):
         return _new_plan(q, k, v, options, sequences)
     try:
         key = (
-            (q.shape, q.dtype, q.device, q.layout, k.shape, k.dtype, k.device, k.layout),
-            (v.shape, v.dtype, v.device, v.layout),
-            (p, scale, causal, window, softcap, deterministic, return_attn_probs),
+            q.shape, q.dtype, q.device, q.layout,
+            k.shape, k.dtype, k.device, k.layout,
+            v.shape, v.dtype, v.device, v.layout,
+            kinds, numbers, window,
             slopes if slopes is None else _tensor_key(slopes),
             sequences if sequences is None else _sequences_key(sequences),
-            (torch.is_grad_enabled(), q.requires_grad or k.requires_grad or v.requires_grad),
-            (select.explicit_choice(), os.environ.get(select.ENVIRONMENT)),
-        )
+            torch.is_grad_enabled(), q.requires_grad or k.requires_grad or v.requires_grad,
+            select.explicit_choice(), os.environ.get(select.ENVIRONMENT),
+        )  # fmt: skip
         plan = _plans.get(key)
     except (AttributeError, TypeError, RuntimeError):
         # A symbolic size, a nested tensor, which has no shape, or something that is no tensor at all.
@@ -197,9 +202,10 @@ def _tensor_key(x: torch.Tensor) -> tuple[object, ...]:
 
 
 def _sequences_key(sequences: Sequences) -> tuple[object, ...]:
-    bounds_q, bounds_k, longest_q, longest_k, used_q, used_k, block_table = sequences
-    tensors = [x if x is None else _tensor_key(x) for x in (bounds_q, bounds_k, used_q, used_k, block_table)]
-    return *tensors, longest_q, longest_k, None if block_table is None else block_table.stride()
+    tensors = [x if x is None else _tensor_key(x) for x in sequences.tensors()]
+    pages = sequences.block_table
+    strides = None if pages is None else pages.stride()
+    return *tensors, sequences.max_seqlen_q, sequences.max_seqlen_k, strides
 
 
 def _new_plan(
@@ -218,8 +224,10 @@ def _new_plan(
 
 
 def _needs_grad(*tensors: torch.Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     # Nobody has checked yet that these are tensors.
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _autocast(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fap_api import _kvcache_ops
+from fap_api import _dispatch, _kvcache_ops
 from fap_api._kvcache_checks import as_length, check_combination, check_new_keys, check_rotary
 from fap_api.backends import select
 from fap_kernels.cache import Cache, check_last_strides, check_num_splits
@@ -72,7 +72,9 @@ def attention_with_kvcache(
     tensors: KVCacheTensors, options: KVCacheOptions
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Run one call over a cache; results as for :func:`fap_api.flash_attn_with_kvcache`."""
-    tensors = _autocast(tensors)
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._is_any_autocast_enabled():
+        tensors = _autocast(tensors)
     plan = _plan(tensors, options)
     q, k_cache, v_cache, k, v, cos, sin, seqlens, *places, slopes = tensors
     if seqlens is not None and not isinstance(seqlens, torch.Tensor):
@@ -80,36 +82,23 @@ def attention_with_kvcache(
         length = as_length(seqlens, seqlen_new, plan.capacity, tensors.block_table is not None)
         seqlens = torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
     rest = (seqlens, *places, slopes, *plan.score, plan.num_splits, plan.backend)
-    if torch.compiler.is_compiling():
-        out, softmax_lse = _run(q, k_cache, v_cache, k, v, cos, sin, options.rotary_interleaved, rest)
+    operator: Any = _kvcache_ops.kvcache_attention
+    function: Any = _kvcache_ops.attend
+    arguments: tuple[Any, ...] = (q, k_cache, v_cache, *rest)
+    if k is not None:
+        operator, function = _kvcache_ops.kvcache_append_attention, _kvcache_ops.append_and_attend
+        arguments = (q, k_cache, v_cache, k, v, cos, sin, bool(options.rotary_interleaved), *rest)
+    if compiling:
+        out, softmax_lse = operator(*arguments)
     else:
-        # Without a gradient to record, the operators' autograd kernels would cost time and do nothing.
-        with torch._C._AutoDispatchBelowAutograd():
-            out, softmax_lse = _run(q, k_cache, v_cache, k, v, cos, sin, options.rotary_interleaved, rest)
+        given = (q, k_cache, v_cache, k, v, cos, sin, seqlens, *places, slopes)
+        out, softmax_lse = _dispatch.call(operator, function, given, arguments)
     return (out, softmax_lse) if options.return_softmax_lse else out
 
 
 def describe_with_kvcache(tensors: KVCacheTensors, options: KVCacheOptions) -> AttentionProblem:
     """Check one call as it would run now, autocast and gradient mode included, and describe it."""
     return _describe(_autocast(tensors), options)[0]
-
-
-def _run(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
-    rest: tuple[Any, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if k is None:
-        return _kvcache_ops.kvcache_attention(q, k_cache, v_cache, *rest)  # type: ignore[no-any-return]
-    return _kvcache_ops.kvcache_append_attention(  # type: ignore[no-any-return]
-        q, k_cache, v_cache, k, v, cos, sin, bool(interleaved), *rest
-    )
 
 
 def _describe(tensors: KVCacheTensors, options: KVCacheOptions) -> tuple[AttentionProblem, int]:

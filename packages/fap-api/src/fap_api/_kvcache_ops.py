@@ -14,7 +14,7 @@ from fap_api._kvcache_checks import check_on_host
 from fap_api.backends.base import NewKeys, Places, Score
 from fap_api.backends.registry import get_backend
 
-__all__ = ["kvcache_append_attention", "kvcache_attention"]
+__all__ = ["append_and_attend", "attend", "kvcache_append_attention", "kvcache_attention"]
 
 _REST = (
     "Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table,"
@@ -33,7 +33,7 @@ _LIBRARY.define(
 )
 
 
-def _attend(
+def attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -51,16 +51,17 @@ def _attend(
     *,
     new: NewKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the back end: what ``fap::kvcache_attention`` does."""
     places = Places(cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     score = Score(softmax_scale, window_left, window_right, softcap, alibi_slopes, 0.0)
-    if q.device.type == "cpu":
+    if q.is_cpu:
         seqlen_new = 0 if new is None else new.k.shape[1]
         rows = None if new is None or new.angles is None else new.angles[0].shape[0]
         check_on_host(k_cache, places, q.shape[1] if score.is_local else 1, seqlen_new, rows)
     return get_backend(backend).cached_forward(q, k_cache, v_cache, new, places, score, num_splits)
 
 
-def _append_and_attend(
+def append_and_attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -72,17 +73,18 @@ def _append_and_attend(
     cache_seqlens: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the back end: what ``fap::kvcache_append_attention`` does."""
     angles = None if rotary_cos is None or rotary_sin is None else (rotary_cos, rotary_sin)
     new = NewKeys(k, v, cache_seqlens, angles, rotary_interleaved)
-    result = _attend(q, k_cache, v_cache, cache_seqlens, *rest, new=new)
+    result = attend(q, k_cache, v_cache, cache_seqlens, *rest, new=new)
     # Kernels write behind PyTorch's back, and autograd has to find out if it saved a cache. Inference tensors
     # have no version, and autograd does not save them.
     torch.autograd.graph.increment_version([x for x in (k_cache, v_cache) if not x.is_inference()])
     return result
 
 
-_LIBRARY.impl("kvcache_attention", _attend, "CompositeExplicitAutograd")
-_LIBRARY.impl("kvcache_append_attention", _append_and_attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("kvcache_attention", attend, "CompositeExplicitAutograd")
+_LIBRARY.impl("kvcache_append_attention", append_and_attend, "CompositeExplicitAutograd")
 
 kvcache_attention = torch.ops.fap.kvcache_attention.default
 kvcache_append_attention = torch.ops.fap.kvcache_append_attention.default

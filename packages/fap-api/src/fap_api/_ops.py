@@ -20,6 +20,8 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_probabilities",
+    "forward",
+    "no_state",
     "refuse_second_derivative",
 ]
 
@@ -48,7 +50,7 @@ _LIBRARY.define(
 )
 
 
-def _forward(
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -60,12 +62,20 @@ def _forward(
     dropout_p: float,
     deterministic: bool,  # noqa: ARG001 - carried for the backward
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Run the back end: what ``fap::attention_forward`` does, but that rng_state is None without dropout."""
     score = Score(softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p)
-    out, lse, rng_state = get_backend(backend).forward(q, k, v, score)
-    if rng_state is None:
-        rng_state = torch.empty(0, dtype=torch.int64, device=q.device)
-    return out, lse, rng_state
+    return get_backend(backend).forward(q, k, v, score)
+
+
+def _forward(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, lse, rng_state = forward(q, *rest)
+    return out, lse, no_state(q) if rng_state is None else rng_state
+
+
+def no_state(q: torch.Tensor) -> torch.Tensor:
+    """Return the rng_state of an operator's call without dropout, since an output cannot be None."""
+    return torch.empty(0, dtype=torch.int64, device=q.device)
 
 
 def _backward(

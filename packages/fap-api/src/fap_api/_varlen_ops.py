@@ -13,12 +13,17 @@ import torch
 
 from fap_api import _flops
 from fap_api._autograd import register_autograd
-from fap_api._ops import SCORE, refuse_second_derivative
+from fap_api._ops import SCORE, no_state, refuse_second_derivative
 from fap_api.backends.base import Score
 from fap_api.backends.registry import get_backend
 from fap_kernels.packing import Packing
 
-__all__ = ["attention_varlen_backward", "attention_varlen_forward", "attention_varlen_probabilities"]
+__all__ = [
+    "attention_varlen_backward",
+    "attention_varlen_forward",
+    "attention_varlen_probabilities",
+    "forward",
+]
 
 # In the order of flash_attn_varlen_func. A graph takes every max_seqlen, as it takes every total.
 _SEQUENCES = (
@@ -67,15 +72,18 @@ def _packing(
     )
 
 
-def _forward(
+def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Run the back end: what ``fap::attention_varlen_forward`` does, but that rng_state may be None."""
     packing, (slopes, *options, _, backend) = _packing(k, *rest[:7]), rest[7:]
     score = _score(slopes, *options)
-    out, lse, rng_state = get_backend(backend).varlen_forward(q, k, v, packing, score)
-    if rng_state is None:
-        rng_state = torch.empty(0, dtype=torch.int64, device=q.device)
-    return out, lse, rng_state
+    return get_backend(backend).varlen_forward(q, k, v, packing, score)
+
+
+def _forward(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, lse, rng_state = forward(q, *rest)
+    return out, lse, no_state(q) if rng_state is None else rng_state
 
 
 def _backward(

@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fap_api.backends._support import constant_in_graphs, importable
+from fap_kernels import (
+    AttentionProblem,
+    apply_rotary,
+    attention_backward,
+    attention_forward,
+    attention_kvcache_forward,
+    attention_probabilities,
+    attention_varlen_backward,
+    attention_varlen_forward,
+    attention_varlen_probabilities,
+    kvcache_append,
+    unsupported_reasons,
+)
 
 if TYPE_CHECKING:
     from fap_api.backends.base import NewKeys, Places, Score
     from fap_kernels.packing import Packing
-    from fap_kernels.problem import AttentionProblem
 
 __all__ = ["TritonBackend"]
 
@@ -39,16 +51,12 @@ class TritonBackend:
             return []
         if torch.compiler.is_compiling():
             return _reasons_at_trace_time(problem.dtype, problem.device)
-        from fap_kernels import unsupported_reasons
-
         return unsupported_reasons(problem)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run the forward kernel."""
-        from fap_kernels import attention_forward
-
         return attention_forward(
             q,
             k,
@@ -71,8 +79,6 @@ class TritonBackend:
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the backward kernels."""
-        from fap_kernels import attention_backward
-
         return attention_backward(
             dout,
             q,
@@ -96,8 +102,6 @@ class TritonBackend:
         score: Score,
     ) -> torch.Tensor:
         """Run the kernel that writes the probabilities out."""
-        from fap_kernels import attention_probabilities
-
         return attention_probabilities(
             q,
             k,
@@ -111,8 +115,6 @@ class TritonBackend:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run the forward kernel over all sequences at once."""
-        from fap_kernels import attention_varlen_forward
-
         return attention_varlen_forward(
             q,
             k,
@@ -140,8 +142,6 @@ class TritonBackend:
         deterministic: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run the backward kernels over all sequences at once."""
-        from fap_kernels import attention_varlen_backward
-
         return attention_varlen_backward(
             dout,
             q,
@@ -169,8 +169,6 @@ class TritonBackend:
         score: Score,
     ) -> torch.Tensor:
         """Run the kernel that writes the probabilities out."""
-        from fap_kernels import attention_varlen_probabilities
-
         return attention_varlen_probabilities(
             q,
             k,
@@ -195,8 +193,6 @@ class TritonBackend:
         num_splits: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append in one kernel, rotate the queries in another, and attend in the split-KV kernel."""
-        from fap_kernels import attention_kvcache_forward
-
         if new is not None:
             q = _append(q, k_cache, v_cache, new, places, local=score.is_local)
         return attention_kvcache_forward(
@@ -239,8 +235,6 @@ def _append(
     local: bool,
 ) -> torch.Tensor:
     """Append ``new`` and return the queries, rotated if there are angles."""
-    from fap_kernels import apply_rotary, kvcache_append
-
     cos, sin = new.angles or (None, None)
     kvcache_append(
         k_cache,
@@ -265,7 +259,5 @@ def _append(
 @constant_in_graphs
 def _reasons_at_trace_time(dtype: torch.dtype, device: torch.device) -> list[str]:
     """Return fap-kernels' reasons in a graph. Sizes are symbolic there, and no reason depends on them."""
-    from fap_kernels import AttentionProblem, unsupported_reasons
-
     x = torch.empty((1, 1, 1, 64), dtype=dtype, device="meta")
     return unsupported_reasons(replace(AttentionProblem.describe(x, x, x), device=device))

@@ -1,0 +1,63 @@
+"""Whether PyTorch's dispatcher has anything to do for a call.
+
+The operators are there for torch.compile, for autograd, and for all that looks on as a program runs:
+profiles, FLOP counters, selective checkpoints, tensor subclasses. To go through one takes as much host time
+as all else of a repeated call. Where none of these is at work, the function behind it is called directly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["call", "unobserved"]
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
+
+def call(
+    operator: Callable[..., Any],
+    function: Callable[..., Any],
+    tensors: Sequence[torch.Tensor | None],
+    arguments: Sequence[Any],
+) -> Any:
+    """Return ``operator(*arguments)`` for a call that records no gradient, by the shortest way.
+
+    Args:
+        operator: an operator.
+        function: what it runs.
+        tensors: every tensor among the arguments.
+        arguments: those of both.
+    """
+    if unobserved(tensors):
+        return function(*arguments)
+    # The operator's autograd kernel would find nothing to record, and cost time.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Tell whether these are plain tensors, with values in memory, in a thread in which nothing looks on.
+
+    What observes a whole process from outside, without a profiler in this thread, sees kernels alone.
+    """
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and _PLAIN.issuperset(map(type, tensors))
+        and all(map(_in_memory, tensors))
+    )
+
+
+def _in_memory(x: torch.Tensor | None) -> bool:
+    # A negative view, the imaginary part of a conjugate, is negated by the dispatcher.
+    return x is None or ((x.is_cuda or x.is_cpu) and not x.is_neg())

@@ -61,6 +61,17 @@ def _registered():
 
 
 @pytest.fixture
+def without_masks(monkeypatch):
+    """Have a function in our place that calls ours without the mask, as DeepSpeed Ulysses does."""
+
+    def wrapper(module, query, key, value, attention_mask, **options):
+        return integration.attention(module, query, key, value, None, **options)
+
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(functions._local_mapping, "fap", wrapper)
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """The attention functions that were called, by name."""
     called = []
@@ -172,6 +183,21 @@ def test_packed_by_cumulative_lengths(name, calls):
     assert calls == ["flash_attn_varlen_func"] * 2
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_by_position_ids_where_the_mask_is_lost(without_masks, batch, calls):
+    eager, fap = make("mistral")
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 0, 1, 2]]).expand(batch, -1)
+    inputs = {"input_ids": draw_ids(batch), "use_cache": False}
+    assert_same_training(eager, fap, position_ids=position_ids, **inputs)
+    assert calls == ["flash_attn_varlen_func"] * 2
+    calls.clear()
+    assert_same_training(eager, fap, position_ids=torch.arange(10)[None], **inputs)
+    assert calls == ["flash_attn_func"] * 2
+    q = torch.randn(1, 4, 10, 8)
+    with pytest.raises(ValueError, match=r"position_ids must be .*\(1, 10\).*got shape \(3, 1, 10\)"):
+        integration.attention(torch.nn.Module(), q, q, q, None, position_ids=torch.zeros(3, 1, 10))
+
+
 @each_decoder
 @pytest.mark.parametrize("side", [None, "left"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -281,6 +307,15 @@ class TestCompile:
         torch.testing.assert_close(
             compiled(ids, use_cache=False).logits, fap(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4
         )
+
+    def test_packed_positions_are_an_error_where_the_mask_is_lost(self, without_masks):
+        _, fap = make("llama")
+        compiled = torch.compile(fap, fullgraph=True, backend="aot_eager")
+        inputs = {"input_ids": draw_ids(1), "position_ids": torch.arange(10)[None], "use_cache": False}
+        torch.testing.assert_close(compiled(**inputs).logits, fap(**inputs).logits, rtol=1e-4, atol=1e-4)
+        inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 0, 1, 2]])
+        with pytest.raises(RuntimeError, match="position_ids must not restart"):
+            compiled(**inputs)
 
     def test_packed_positions_are_an_error_and_cumulative_lengths_are_not(self):
         _, fap = make("llama")

@@ -9,7 +9,14 @@ from torch.nn.functional import pad
 
 from fap_api.padding import index_first_axis, pad_input
 
-__all__ = ["Unpadding", "of_numbered_sequences", "of_padded_rows", "of_whole_rows", "whole"]
+__all__ = [
+    "Unpadding",
+    "number_sequences",
+    "of_numbered_sequences",
+    "of_padded_rows",
+    "of_whole_rows",
+    "whole",
+]
 
 
 class Unpadding(NamedTuple):
@@ -58,6 +65,12 @@ def of_padded_rows(mask: torch.Tensor) -> Unpadding:
     cu_seqlens = pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     longest = int(lengths.max()) if lengths.numel() else 0
     return Unpadding(real.flatten().nonzero().flatten(), cu_seqlens, longest, mask.shape[1])
+
+
+def number_sequences(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number the sequences of each row from 1, int32 (batch, seqlen): one begins wherever positions jump."""
+    jumps = position_ids.diff(dim=1) != 1
+    return pad(jumps, (1, 0)).cumsum(1, dtype=torch.int32) + 1
 
 
 def of_numbered_sequences(mask: torch.Tensor) -> Unpadding:

@@ -80,7 +80,7 @@ def attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     deterministic: bool | None = None,
-    position_ids: torch.Tensor | None = None,  # noqa: ARG001 - the mask function has looked at them
+    position_ids: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers' attention functions do; the arguments are theirs.
@@ -94,6 +94,8 @@ def attention(
         sliding_window: a query sees the last so many keys, itself included; without a causal mask as many
             to either side.
         deterministic: None follows ``torch.use_deterministic_algorithms``.
+        position_ids: int ``(batch, seqlen)`` or ``(1, seqlen)``, looked at only where other software has put
+            itself in this function's place, since the mask may have been lost on the way.
         others: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k`` of a packed batch,
             all or none of them. Any other keyword that is set is refused.
 
@@ -123,6 +125,8 @@ def attention(
         "softcap": softcap or 0.0,
         "deterministic": deterministic,
     }
+    if attention_mask is None and position_ids is not None and _is_called_by_another():
+        attention_mask = _numbers_of(position_ids, q, k)
     unpadding = _unpadding_of(q, k, attention_mask, packed, whole_queries=not causal and window == (-1, -1))
     out: Any = (
         flash_attn_func(q, k, v, **options)
@@ -130,6 +134,32 @@ def attention(
         else _attend_packed(q, k, v, unpadding, options)
     )
     return out[..., :head_dim], None
+
+
+def _is_called_by_another() -> bool:
+    """Return whether "fap" stands for another function than ours by now.
+
+    DeepSpeed's UlyssesSPAttentionHF calls ours with the whole sequences that it has gathered and without the
+    mask, which was made for a part of them: only position_ids tell packed sequences then.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(NAME) is not attention
+
+
+def _numbers_of(position_ids: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask that numbers packed sequences, or None if no row has more than one."""
+    if q.shape[1] != k.shape[1]:
+        return None
+    if position_ids.dim() != 2 or position_ids.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"position_ids must be (batch, seqlen) = ({q.shape[0]}, {q.shape[1]}) where another function has "
+            f"taken the place of attn_implementation='fap', got shape {tuple(position_ids.shape)}"
+        )
+    numbers = _unpadding.number_sequences(position_ids).expand(q.shape[0], -1)
+    if not torch.compiler.is_compiling() and (numbers == 1).all():
+        return None
+    return numbers
 
 
 def _attend_packed(

@@ -101,6 +101,13 @@ def check_dtensors(mesh):
     with pytest.raises(RuntimeError, match="dropout_p must be 0.0 for DTensors, got 0.5"):
         fap_api.flash_attn_func(*dropped, 0.5)
 
+    fap_api.integrations.dtensor.unregister()
+    with pytest.raises(NotImplementedError, match="fap.attention_forward"):
+        fap_api.flash_attn_func(*dropped, causal=True)
+    fap_api.integrations.dtensor.unregister()
+    fap_api.integrations.dtensor.register()
+    assert fap_api.flash_attn_func(*dropped, causal=True).placements == (heads,)
+
 
 def main():
     rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -290,7 +290,38 @@ def test_nothing_changes_before_activation_and_after_restoring():
     assert cuda_kernels() == before
 
 
-def test_an_older_pytorch_is_an_error(monkeypatch):
+@has_registry
+@pytest.mark.skipif(any(cuda_kernels()), reason="counts on a PyTorch built without CUDA")
+def test_unregistering_restores_and_makes_the_name_unknown():
+    from torch.nn import attention
+
+    before = attention.list_flash_attention_impls()
+    sdpa.register()
+    attention.activate_flash_attention_impl("FAP")
+    sdpa.unregister()
+    assert cuda_kernels() == [False, False]
+    assert attention.current_flash_attention_impl() is None
+    assert attention.list_flash_attention_impls() == [name for name in before if name != "FAP"]
+    with pytest.raises(ValueError, match="Unknown flash attention impl 'FAP'"):
+        attention.activate_flash_attention_impl("FAP")
+    sdpa.unregister()
+
+
+@has_registry
+def test_unregistering_leaves_another_active_implementation(monkeypatch):
+    from torch.nn import attention
+
+    sdpa.register()
+    restored = []
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: "FA4")
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: restored.append(1))
+    sdpa.unregister()
+    assert not restored
+    assert "FAP" not in attention.list_flash_attention_impls()
+
+
+@pytest.mark.parametrize("call", [sdpa.register, sdpa.unregister])
+def test_an_older_pytorch_is_an_error(monkeypatch, call):
     monkeypatch.delattr(torch.nn.attention, "register_flash_attention_impl", raising=False)
     with pytest.raises(RuntimeError, match=r"releases from 2\.11 on do, got"):
-        sdpa.register()
+        call()

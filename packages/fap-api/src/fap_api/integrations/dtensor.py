@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["register"]
+__all__ = ["register", "unregister"]
 
+_OPERATORS = (
+    _ops.attention_forward,
+    _ops.attention_backward,
+    _varlen_ops.attention_varlen_forward,
+    _varlen_ops.attention_varlen_backward,
+)
 # Arguments and results that are cut as q, k and v are, and those that are cut as the log-sum-exp.
 _ROWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 _LSES = ("softmax_lse", "dlse")
@@ -39,17 +45,42 @@ def register() -> None:
     Raises:
         RuntimeError: PyTorch was built without torch.distributed.
     """
-    if not torch.distributed.is_available():
-        raise RuntimeError("torch must be built with torch.distributed for DTensor, got a build without it")
+    _check_torch()
     from torch.distributed.tensor.experimental import register_sharding
 
-    for operator in (
-        _ops.attention_forward,
-        _ops.attention_backward,
-        _varlen_ops.attention_varlen_forward,
-        _varlen_ops.attention_varlen_backward,
-    ):
+    for operator in _OPERATORS:
         register_sharding(operator)(_rule(operator))
+
+
+def unregister() -> None:
+    """Have DTensor raise for these operators again, as before :func:`register`.
+
+    PyTorch has no function that takes rules back, so this takes them out of the private tables of DTensor,
+    and has it forget what it has decided for any operator.
+
+    Raises:
+        RuntimeError: this PyTorch keeps rules elsewhere, or was built without torch.distributed.
+    """
+    _check_torch()
+    from torch.distributed.tensor import DTensor, debug
+
+    try:
+        rules = DTensor._op_dispatcher.sharding_propagator
+        tables: tuple[dict[Any, Any], ...] = rules.op_strategy_funcs, rules.op_to_schema_info
+        forget_decisions = debug._clear_sharding_prop_cache
+    except AttributeError as error:
+        raise RuntimeError(
+            f"torch must keep DTensor's rules where torch 2.13 does, got torch {torch.__version__}: {error}"
+        ) from error
+    for table in tables:
+        for operator in _OPERATORS:
+            table.pop(operator, None)
+    forget_decisions()
+
+
+def _check_torch() -> None:
+    if not torch.distributed.is_available():
+        raise RuntimeError("torch must be built with torch.distributed for DTensor, got a build without it")
 
 
 def _rule(operator: Any) -> Callable[..., list[tuple[list[Placement | None], list[Placement | None]]]]:

@@ -25,7 +25,7 @@ import torch
 from fap_api._call import Sequences
 from fap_api._passes import backward_pass, forward_pass
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "register", "unregister"]
 
 NAME = "FAP"
 
@@ -36,15 +36,40 @@ def register() -> None:
     Raises:
         RuntimeError: this PyTorch has no registry of FlashAttention implementations (2.11 has the first).
     """
+    _registry().register_flash_attention_impl(NAME, register_fn=_activate)
+
+
+def unregister() -> None:
+    """Bring the built-in kernels back where "FAP" is active, and make that name unknown again.
+
+    PyTorch has a function for the first, ``restore_flash_attention_impl``, and none for the second, so this
+    takes the name out of the private table of its registry.
+
+    Raises:
+        RuntimeError: this PyTorch has no registry, or keeps its names elsewhere.
+    """
+    attention = _registry()
+    names = attention.register_flash_attention_impl.__globals__.get("_FLASH_ATTENTION_IMPLS")
+    if names is None:
+        raise RuntimeError(
+            f"torch must have the table _FLASH_ATTENTION_IMPLS that names are taken out of, got torch "
+            f"{torch.__version__}; restore_flash_attention_impl() brings its own kernels back all the same"
+        )
+    if attention.current_flash_attention_impl() == NAME:
+        attention.restore_flash_attention_impl()
+    names.pop(NAME, None)
+
+
+def _registry() -> Any:
+    """Return torch.nn.attention if it has a registry, or raise."""
     import torch.nn.attention
 
-    registry = getattr(torch.nn.attention, "register_flash_attention_impl", None)
-    if registry is None:
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         raise RuntimeError(
             "torch must have torch.nn.attention.register_flash_attention_impl, as releases from 2.11 on do, "
             f"got torch {torch.__version__}; without it call fap_api.flash_attn_func"
         )
-    registry(NAME, register_fn=_activate)
+    return torch.nn.attention
 
 
 class _Handle:

@@ -52,7 +52,11 @@ def forward(
     launches = plan_forward_by_schedule(problem, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing)
     compiled = [launch.run(q.device) for launch in launches]
     if keep is not None:
-        keep(list(zip(launches, compiled, strict=True)), {"out": out, "lse": softmax_lse})
+        made = {"out": out, "lse": softmax_lse}
+        if packing is not None:
+            # Made as they are returned, a repeated call's need no view.
+            made = {name: x[0] for name, x in made.items()}
+        keep(list(zip(launches, compiled, strict=True)), made)
     return out, softmax_lse, rng_state
 
 

@@ -87,7 +87,7 @@ def attention_varlen_forward(
     replay = _forward_replays.find(key)
     if replay is not None:
         out, softmax_lse = replay.run(*given.values())
-        return out[0], softmax_lse[0], None
+        return out, softmax_lse, None
     packing = Packing.describe(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
 import torch
+
+from .installed import importable
 
 if TYPE_CHECKING:
     from .problem import AttentionProblem
@@ -30,7 +31,7 @@ def tensor_reasons(dtype: torch.dtype, device: torch.device) -> list[str]:
     reasons = []
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    if importlib.util.find_spec("triton") is None:
+    if not importable("triton"):
         return [*reasons, "Triton is not installed: pip install triton"]
     if device.type == "cuda":
         reasons += _device_reasons(device)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -11,14 +9,9 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["constant_in_graphs", "importable", "padded_head_dim", "unit_last_stride"]
+__all__ = ["constant_in_graphs", "padded_head_dim", "unit_last_stride"]
 
 _Function = TypeVar("_Function", bound="Callable[..., object]")
-
-
-def importable(name: str) -> bool:
-    """Tell whether a top-level module could be imported, without importing it."""
-    return name in sys.modules or find_spec(name) is not None
 
 
 def unit_last_stride(x: torch.Tensor) -> torch.Tensor:

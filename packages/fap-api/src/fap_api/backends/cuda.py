@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from fap_api.backends._support import importable, padded_head_dim, unit_last_stride
+from fap_api.backends._support import padded_head_dim, unit_last_stride
+from fap_kernels.installed import importable
 
 if TYPE_CHECKING:
     from fap_api.backends.base import NewKeys, Places, Score

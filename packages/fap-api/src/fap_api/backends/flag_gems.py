@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from fap_api.backends._support import importable, padded_head_dim
+from fap_api.backends._support import padded_head_dim
+from fap_kernels.installed import importable
 
 if TYPE_CHECKING:
     from fap_api.backends.base import Score

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fap_api.backends._support import constant_in_graphs, importable
+from fap_api.backends._support import constant_in_graphs
 from fap_kernels import (
     AttentionProblem,
     apply_rotary,
@@ -21,6 +21,7 @@ from fap_kernels import (
     kvcache_append,
     unsupported_reasons,
 )
+from fap_kernels.installed import importable
 
 if TYPE_CHECKING:
     from fap_api.backends.base import NewKeys, Places, Score

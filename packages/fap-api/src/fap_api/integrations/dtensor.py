@@ -67,7 +67,7 @@ def unregister() -> None:
     try:
         rules = DTensor._op_dispatcher.sharding_propagator
         tables: tuple[dict[Any, Any], ...] = rules.op_strategy_funcs, rules.op_to_schema_info
-        forget_decisions = debug._clear_sharding_prop_cache
+        forget_decisions: Callable[[], Any] = debug._clear_sharding_prop_cache
     except AttributeError as error:
         raise RuntimeError(
             f"torch must keep DTensor's rules where torch 2.13 does, got torch {torch.__version__}: {error}"

@@ -20,12 +20,14 @@ import os
 import random
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import fap_api
 from fap_api.integrations import flash_attn_shim
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seed", default="0", help="of the draw (0)")
     group.addoption("--combinations", type=int, default=sys.maxsize, help="compiled for, at most, a function")
     group.addoption("--longest", type=int, default=sys.maxsize, help="leave out longer sequences")
+    group.addoption("--backend", default="", help="of fap_api, which then must run every call")
     group.addoption("--on-cpu", action="store_true", help='have "cuda" stand for the CPU')
 
 
@@ -202,9 +205,11 @@ class _OnCPU(TorchFunctionMode):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Any:
-    if not item.config.getoption("--on-cpu"):
-        return (yield)
-    with _OnCPU():
+    backend = item.config.getoption("--backend")
+    with (
+        fap_api.use_backend(backend) if backend else nullcontext(),
+        _OnCPU() if item.config.getoption("--on-cpu") else nullcontext(),
+    ):
         return (yield)
 
 

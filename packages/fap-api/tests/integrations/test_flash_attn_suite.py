@@ -102,9 +102,15 @@ def test_combinations_bound_what_is_compiled():
 
 
 def test_it_runs_on_fap_api_and_reports_what_fails(suite):
-    done = run([RUNNER], suite, "--on-cpu", "--cases", "12")
+    done = run([RUNNER], suite, "--on-cpu", "--cases", "12", "--backend", "torch")
     assert done.returncode == 0, done.stdout
     outcomes = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if "test_" in line[:5]}
     assert outcomes["test_flash_attn_generator_arg_must_be_none"] == ["0", "passed", "1", "xfailed"]
     suite.write_text(SUITE.replace("out.shape ==", "out.shape !="))
     assert run([RUNNER], suite, "--on-cpu", "--cases", "12").returncode == 1
+
+
+def test_an_explicit_back_end_runs_every_call_or_fails(suite):
+    done = run([RUNNER], suite, "--on-cpu", "--cases", "12", "--backend", "triton")
+    assert done.returncode == 1
+    assert "got cpu" in done.stdout

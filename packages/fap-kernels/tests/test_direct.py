@@ -80,6 +80,7 @@ def without_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     # Triton 3.8 and later ask it for a thing that these kernels do not use.
     monkeypatch.setattr(driver.triton.runtime.driver, "_active", SimpleNamespace(), raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(replay, "_empty", lambda *made: torch.empty_strided(*made[:2], dtype=made[2]))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
     return made
 

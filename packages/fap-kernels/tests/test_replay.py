@@ -19,6 +19,7 @@ from fap_kernels import (
     attention_varlen_forward,
     execute,
     kvcache_append,
+    replay,
     target,
     varlen,
 )
@@ -46,6 +47,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(replay, "_empty", lambda *made: torch.empty_strided(*made[:2], dtype=made[2]))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
 
 

@@ -102,7 +102,7 @@ class Replay:
     def __init__(
         self,
         steps: list[_Step],
-        made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]],
+        made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]],
         device: int,
     ) -> None:
         self._steps = steps
@@ -132,7 +132,7 @@ class Replay:
             if step is None:
                 return None
             steps.append(step)
-        new = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in made.values()]
+        new = [(tuple(x.shape), x.stride(), x.dtype) for x in made.values()]
         return cls(steps, new, torch.cuda.current_device())
 
     def run(self, *given: torch.Tensor | None) -> list[torch.Tensor]:
@@ -141,11 +141,7 @@ class Replay:
         Returns:
             New tensors in place of those that the first call made, in their order.
         """
-        # Half the host time of torch.empty, which is overloaded.
-        made = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype, device in self._made
-        ]
+        made = [_empty(shape, strides, dtype) for shape, strides, dtype in self._made]
         tensors = (*given, *made)
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         for step in self._steps:
@@ -273,6 +269,12 @@ class _DirectStep:
             if len(maps) >= MOST_MAPS:
                 maps.clear()
             maps[tensors[index].data_ptr()] = arguments[place]
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor on the current CUDA device."""
+    # What compiled graphs allocate by: a third of the host time of torch.empty.
+    return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)  # type: ignore[attr-defined,no-any-return]
 
 
 def _hooked(runtime: Any) -> bool:

@@ -108,11 +108,34 @@ def test_modes_and_profiles_see_the_operator(name: str) -> None:
     assert f"fap::{name}" in {event.key for event in profile.key_averages()}
 
 
-def test_a_call_that_records_a_gradient_is_recorded() -> None:
+RECORDED = [name for name in CALLS if name.startswith("attention")]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_call_and_its_backward_go_to_the_back_end(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the gradients that the operators have, which modes and profiles see."""
+    call, module, attribute = CALLS[name]
     x = draw().requires_grad_()
-    assert dense(x).requires_grad
+    with Looking() as looking:
+        (expected,) = torch.autograd.grad(call(x).square().sum(), x)
+    backward = name.replace("forward", "backward")
+    assert {f"fap::{name}", f"fap::{backward}"} <= set(looking.seen)
     with torch.no_grad():
-        assert not dense(x).requires_grad
+        assert not call(x).requires_grad
+    monkeypatch.setattr(module, attribute, None)
+    monkeypatch.setattr(module, backward, None)
+    (gradient,) = torch.autograd.grad(call(x).square().sum(), x)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    x = draw().requires_grad_()
+    (gradient,) = torch.autograd.grad(CALLS[name][0](x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        gradient.sum().backward()
 
 
 SCOPES: dict[str, Callable[[], Any]] = {

@@ -21,7 +21,7 @@ def register_autograd(
     differentiate: Callable[..., tuple[torch.Tensor | None, ...]],
     save: Callable[[Any, tuple[Any, ...], Any], None],
     library: torch.library.Library,
-) -> None:
+) -> Callable[..., Any]:
     """Register the gradient of an operator that takes no list of tensors, no keyword and no default.
 
     Args:
@@ -29,13 +29,18 @@ def register_autograd(
         differentiate: called with the context and the gradients of all outputs, returns one for each input.
         save: called with the context, the inputs and the outputs.
         library: the fragment that defines the operator, and is kept alive.
+
+    Returns:
+        What records a call that does not go through the operator: it takes the operator's inputs and, last,
+        the function to call with them.
     """
 
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            *arguments, keyset = inputs
-            outputs = _below_autograd(operator, keyset, *arguments)
+            # The function comes last, so that ctx.needs_input_grad counts the operator's own inputs.
+            *arguments, function = inputs
+            outputs = function(*arguments)
             save(ctx, tuple(arguments), outputs)
             return outputs
 
@@ -46,14 +51,13 @@ def register_autograd(
     Recorded.__name__ = f"BackwardFor_{operator.name().replace('::', '_')}"
 
     def run(keyset: Any, *inputs: Any) -> Any:
+        def below_autograd(*inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            # The keyset comes last, so that ctx.needs_input_grad counts the operator's own inputs.
-            return Recorded.apply(*inputs, keyset)  # type: ignore[no-untyped-call]
-        return _below_autograd(operator, keyset, *inputs)
+            return Recorded.apply(*inputs, below_autograd)  # type: ignore[no-untyped-call]
+        return below_autograd(*inputs)
 
     library.impl(operator, run, "Autograd", with_keyset=True)
-
-
-def _below_autograd(operator: Any, keyset: Any, *inputs: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    return Recorded.apply

@@ -94,11 +94,11 @@ def attention(
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
+    operators: Any = _ops
     operator: Any = _ops.attention_forward
-    function: Any = _ops.forward
     places: tuple[Any, ...] = ()
     if sequences is not None:
-        operator, function = _varlen_ops.attention_varlen_forward, _varlen_ops.forward
+        operators, operator = _varlen_ops, _varlen_ops.attention_varlen_forward
         places = sequences = sequences.with_integers()
     plan = _plan(q, k, v, options, sequences)
     slopes = options.alibi_slopes
@@ -108,11 +108,16 @@ def attention(
         if forward_ad._current_level >= 0:
             refuse_tangents(q, k, v)
     arguments = (q, k, v, *places, slopes, *plan)
-    if compiling or _needs_grad(q, k, v):
+    if compiling:
         out, softmax_lse, rng_state = operator(*arguments)
     else:
         tensors = (q, k, v, slopes) if sequences is None else (q, k, v, slopes, *sequences.tensors())
-        out, softmax_lse, rng_state = _dispatch.call(operator, function, tensors, arguments)
+        if not _needs_grad(q, k, v):
+            out, softmax_lse, rng_state = _dispatch.call(operator, operators.forward, tensors, arguments)
+        elif _dispatch.unobserved(tensors):
+            out, softmax_lse, rng_state = operators.record_forward(*arguments, operators.forward_with_state)
+        else:
+            out, softmax_lse, rng_state = operator(*arguments)
     if not options.return_attn_probs:
         return out  # type: ignore[no-any-return]
     if not plan.dropout_p:

@@ -15,7 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["call", "unobserved"]
+__all__ = ["call", "call_backward", "unobserved"]
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -39,6 +39,21 @@ def call(
     # The operator's autograd kernel would find nothing to record, and cost time.
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
+
+
+def call_backward(
+    operator: Callable[..., Any],
+    function: Callable[..., Any],
+    tensors: Sequence[torch.Tensor | None],
+    arguments: Sequence[Any],
+) -> Any:
+    """Return ``operator(*arguments)`` within a backward pass, by the shortest way.
+
+    What is compiled, and what is to be differentiated once more, which the operator refuses, goes through it.
+    """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and unobserved(tensors):
+        return function(*arguments)
+    return operator(*arguments)
 
 
 def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fap_api import _flops
+from fap_api import _dispatch, _flops
 from fap_api._autograd import register_autograd
 from fap_api.backends.base import Score
 from fap_api.backends.registry import get_backend
@@ -21,7 +21,9 @@ __all__ = [
     "attention_forward",
     "attention_probabilities",
     "forward",
+    "forward_with_state",
     "no_state",
+    "record_forward",
     "refuse_second_derivative",
 ]
 
@@ -63,12 +65,13 @@ def forward(
     deterministic: bool,  # noqa: ARG001 - carried for the backward
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Run the back end: what ``fap::attention_forward`` does, but that rng_state is None without dropout."""
+    """Do what ``fap::attention_forward`` does, but that rng_state is None without dropout."""
     score = Score(softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p)
     return get_backend(backend).forward(q, k, v, score)
 
 
-def _forward(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward_with_state(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what ``fap::attention_forward`` does."""
     out, lse, rng_state = forward(q, *rest)
     return out, lse, no_state(q) if rng_state is None else rng_state
 
@@ -119,7 +122,7 @@ def _probabilities(
 
 
 for _name, _implementation in (
-    ("attention_forward", _forward),
+    ("attention_forward", forward_with_state),
     ("attention_backward", _backward),
     ("attention_probabilities", _probabilities),
 ):
@@ -189,9 +192,8 @@ def _differentiate(
         return (None,) * 11  # one for each argument of the forward operator
     if dout is None:
         dout = torch.zeros_like(out)
-    gradients = attention_backward(
-        dout, q, k, v, out, softmax_lse, dlse, rng_state, alibi_slopes, *ctx.options
-    )
+    tensors = dout, q, k, v, out, softmax_lse, dlse, rng_state, alibi_slopes
+    gradients = _dispatch.call_backward(attention_backward, _backward, tensors, (*tensors, *ctx.options))
     return (*gradients, *(None,) * 8)
 
 
@@ -203,5 +205,5 @@ def refuse_second_derivative(*_: Any) -> None:
     )
 
 
-register_autograd(attention_forward, _differentiate, _save, _LIBRARY)
+record_forward = register_autograd(attention_forward, _differentiate, _save, _LIBRARY)
 torch.library.register_autograd("fap::attention_backward", refuse_second_derivative, lib=_LIBRARY)

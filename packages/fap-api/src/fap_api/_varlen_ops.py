@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fap_api import _flops
+from fap_api import _dispatch, _flops
 from fap_api._autograd import register_autograd
 from fap_api._ops import SCORE, no_state, refuse_second_derivative
 from fap_api.backends.base import Score
@@ -23,6 +23,8 @@ __all__ = [
     "attention_varlen_forward",
     "attention_varlen_probabilities",
     "forward",
+    "forward_with_state",
+    "record_forward",
 ]
 
 # In the order of flash_attn_varlen_func. A graph takes every max_seqlen, as it takes every total.
@@ -75,13 +77,14 @@ def _packing(
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Run the back end: what ``fap::attention_varlen_forward`` does, but that rng_state may be None."""
+    """Do what ``fap::attention_varlen_forward`` does, but that rng_state is None without dropout."""
     packing, (slopes, *options, _, backend) = _packing(k, *rest[:7]), rest[7:]
     score = _score(slopes, *options)
     return get_backend(backend).varlen_forward(q, k, v, packing, score)
 
 
-def _forward(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward_with_state(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what ``fap::attention_varlen_forward`` does."""
     out, lse, rng_state = forward(q, *rest)
     return out, lse, no_state(q) if rng_state is None else rng_state
 
@@ -120,7 +123,7 @@ def _score(
 
 
 for _name, _implementation in (
-    ("attention_varlen_forward", _forward),
+    ("attention_varlen_forward", forward_with_state),
     ("attention_varlen_backward", _backward),
     ("attention_varlen_probabilities", _probabilities),
 ):
@@ -193,8 +196,13 @@ def _differentiate(
     if dout is None:
         dout = torch.zeros_like(out)
     tensors = dout, q, k, v, out, softmax_lse, dlse, rng_state
-    sequences = bounds_q, bounds_k, *ctx.longest, used_q, used_k
-    gradients = attention_varlen_backward(*tensors, *sequences, slopes, *ctx.options)
+    places = bounds_q, bounds_k, *ctx.longest, used_q, used_k
+    gradients = _dispatch.call_backward(
+        attention_varlen_backward,
+        _backward,
+        (*tensors, bounds_q, bounds_k, used_q, used_k, slopes),
+        (*tensors, *places, slopes, *ctx.options),
+    )
     return (*gradients, *(None,) * 15)
 
 
@@ -203,7 +211,7 @@ PAGES_HAVE_NO_GRADIENT = (
     "accepted: calls under torch.no_grad(), or k and v packed without a block_table"
 )
 
-register_autograd(attention_varlen_forward, _differentiate, _save, _LIBRARY)
+record_forward = register_autograd(attention_varlen_forward, _differentiate, _save, _LIBRARY)
 torch.library.register_autograd("fap::attention_varlen_backward", refuse_second_derivative, lib=_LIBRARY)
 
 # For those who counted before this module, the last one with operators that count, was imported; everybody

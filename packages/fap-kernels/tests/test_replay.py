@@ -21,6 +21,7 @@ from fap_kernels import (
     kvcache_append,
     replay,
     target,
+    use_schedule,
     varlen,
 )
 from fap_kernels.launch import Launch
@@ -201,6 +202,16 @@ class TestPackedSequences:
         )
         for gradient, name in zip(gradients, "qkv", strict=True):
             assert gradient.shape == again[name].shape
+
+    def test_a_schedule_chosen_later_is_not_left_to_a_replay(self, stand_ins: list[Compiled]) -> None:
+        tensors, options = self.draw(paged=False)
+        attention_varlen_forward(**tensors, **options)
+        with use_schedule("portable"):
+            for _ in range(2):
+                attention_varlen_forward(**tensors, **options)
+        assert len(stand_ins) == 2, "planned once for each choice"
+        attention_varlen_forward(**tensors, **options)
+        assert len(stand_ins) == 2
 
     def test_rows_that_no_kernel_writes_are_not_left_to_a_replay(self, stand_ins: list[Compiled]) -> None:
         tensors, options = self.draw(paged=False)

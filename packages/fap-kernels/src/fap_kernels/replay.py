@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .direct import DirectLaunch, is_descriptor
+from .schedule import explicit_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -32,7 +33,7 @@ _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 class Replays:
-    """The launches of one function's earlier calls, by key."""
+    """The launches of one function's earlier calls, by key and by the schedule that was chosen explicitly."""
 
     __slots__ = ("_kept",)
 
@@ -62,7 +63,7 @@ class Replays:
 
     def find(self, key: Hashable) -> Replay | None:
         """The launches of an earlier call with this key, where they can run now."""
-        replay = self._kept.get(key) if key is not None else None
+        replay = self._kept.get((explicit_schedule(), key)) if key is not None else None
         # Not torch.cuda.current_device, which sees to it each time that CUDA is there.
         if replay is None or replay.device != torch._C._cuda_getDevice():
             return None
@@ -85,7 +86,7 @@ class Replays:
                 return
             if len(self._kept) >= MOST_REPLAYS:
                 self._kept.clear()
-            self._kept[key] = replay
+            self._kept[explicit_schedule(), key] = replay
 
         return keep
 

@@ -44,11 +44,20 @@ def tests(session: nox.Session, torch: str) -> None:
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    """Run the tests that need other software, which the suite itself must do without: transformers."""
+    """Run the tests that need other software, which the suite itself must do without."""
     install_workspace(session, "integrations")
     folder = "packages/fap-api/tests/integrations"
-    tests = [f"{folder}/test_transformers.py", f"{folder}/test_flash_attn_shim.py", "tests/test_docs.py"]
+    files = ("test_transformers.py", "test_flash_attn_shim.py", "test_diffusers.py")
+    tests = [*(f"{folder}/{file}" for file in files), "tests/test_docs.py"]
     session.run("pytest", *(session.posargs or tests), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+@nox.parametrize("group", ["ring", "ulysses"], ids=["ring", "ulysses"])
+def ring_and_ulysses(session: nox.Session, group: str) -> None:
+    """Run the examples for software that splits sequences, on two processes each; no environment holds all of it."""
+    install_workspace(session, group)
+    session.run("pytest", "tests/test_docs.py", "-k", "ring_and_ulysses", env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

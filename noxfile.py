@@ -55,7 +55,7 @@ def integrations(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("group", ["ring", "ulysses"], ids=["ring", "ulysses"])
 def ring_and_ulysses(session: nox.Session, group: str) -> None:
-    """Run the examples for software that splits sequences, on two processes each; no environment holds all of it."""
+    """Run the examples of docs/integrations/ring_and_ulysses.md: no environment holds all that they need."""
     install_workspace(session, group)
     session.run("pytest", "tests/test_docs.py", "-k", "ring_and_ulysses", env={"OMP_NUM_THREADS": "1"})
 

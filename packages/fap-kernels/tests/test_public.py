@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,5 +95,5 @@ def test_seeds_decide_the_dropout_mask() -> None:
 
 @pytest.mark.interpreter
 def test_the_example_of_the_readme_runs() -> None:
-    (example,) = README.read_text().split("```python\n")[1:2]
-    exec(compile(example.split("```")[0].replace('"cuda"', '"cpu"'), str(README), "exec"), {})
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example.replace('"cuda"', '"cpu"'), str(README), "exec"), {})

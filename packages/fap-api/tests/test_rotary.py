@@ -269,62 +269,6 @@ class TestModule:
             rotary.RotaryEmbedding(8)(draw(2, 4, 3, 2), seqlen_offset=torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"x": [1.0]}, "x must be a torch.Tensor, got list"),
-        ({"x": draw(2, 12)}, r"x must have 4 dimensions .* got \(2, 12, 16\)"),
-        ({"x": draw(2, 12, 3).int()}, "floating-point dtype, got torch.int32"),
-        ({"x": draw(2, 12, 3).to_sparse()}, "x must be a dense tensor"),
-        ({"cos": tables(18)[0], "sin": tables(18)[1]}, "rotary_dim at most the head dimension 16"),
-        ({"sin": tables(6)[1]}, "cos and sin must have one shape"),
-        ({"cos": tables()[0].requires_grad_()}, "cos must not require a gradient"),
-        ({"seqlen_offsets": 39}, "angle for every position, got 50 rows for seqlen 12 and seqlen_offsets 39"),
-        ({"seqlen_offsets": -1}, "seqlen_offsets must be at least 0, got -1"),
-        ({"seqlen_offsets": 1.5}, "seqlen_offsets must be an integer .* got float: 1.5"),
-        ({"seqlen_offsets": torch.tensor([0, 39])}, "50 rows and positions up to 50"),
-        ({"seqlen_offsets": torch.tensor([0, -2])}, r"at least 0, got \[0, -2\]"),
-        ({"seqlen_offsets": torch.tensor([0, 1, 2])}, r"seqlen_offsets must have shape \(batch,\)"),
-        ({"max_seqlen": 12}, "cu_seqlens and max_seqlen need each other"),
-        ({"interleaved": 0.0}, "interleaved must be True or False"),
-    ],
-)
-def test_mistakes(change, says):
-    cos, sin = tables()
-    call = {"x": draw(2, 12, 3), "cos": cos, "sin": sin, **change}
-    with pytest.raises((RuntimeError, ValueError, TypeError), match=says):
-        fap_api.apply_rotary_emb(**call)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "max_seqlen", "says"),
-    [
-        ([0, 5, 3], 5, r"cu_seqlens must never fall .* got \[0, 5, 3\]"),
-        ([0, 5, 99], 99, "end within x's 20 rows"),
-        ([0, 5, 20], 10, "max_seqlen must be at least 15, got 10"),
-    ],
-)
-def test_mistakes_in_packed_rows(bounds, max_seqlen, says):
-    bounds = torch.tensor(bounds, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=says):
-        fap_api.apply_rotary_emb(draw(20, 3), *tables(), cu_seqlens=bounds, max_seqlen=max_seqlen)
-
-
-@pytest.mark.parametrize(
-    ("function", "shape", "options"),
-    [
-        (rotary.apply_rotary_emb_qkv_, (2, 12, 2, 4), {}),
-        (rotary.apply_rotary_emb_qkv_, (2, 12, 7), {"num_heads_q": 4}),
-        (rotary.apply_rotary_emb_qkv_, (2, 12, 8), {}),
-        (rotary.apply_rotary_emb_kv_, (2, 12, 3, 4), {}),
-        (rotary.apply_rotary_emb_torch, (2, 12, 4), {}),
-    ],
-)
-def test_packed_tensors_of_another_shape(function, shape, options):
-    with pytest.raises(RuntimeError, match="must have shape"):
-        function(draw(*shape), *tables(), **options)
-
-
 # PyTorch's forward mode compiles some of itself with its own deprecated compiler.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_forward_mode_tangents_are_refused_rather_than_lost():

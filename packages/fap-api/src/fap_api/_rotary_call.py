@@ -9,12 +9,17 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from fap_api import _rotary_ops
+from fap_api._validate import check_tensor
 from fap_api.backends import select
 from fap_api.backends._support import constant_in_graphs
-from fap_kernels.packing import check_index
+from fap_kernels.packing import check_index, check_length
 from fap_kernels.rotary.apply import check_angles
 
-__all__ = ["rotary"]
+__all__ = ["Names", "check_offset", "keys_of", "rotary", "rotary_in_place"]
+
+# What the caller knows what is turned, and its tables, by.
+Names = tuple[str, str, str]
+_OWN_NAMES = ("x", "cos", "sin")
 
 
 def rotary(
@@ -28,27 +33,107 @@ def rotary(
     max_seqlen: int | None,
 ) -> torch.Tensor:
     """Check and run one rotation; arguments, result and errors as for :func:`fap_api.apply_rotary_emb`."""
-    _check_rows(x, cu_seqlens, max_seqlen)
-    check_angles(x, cos, sin)
-    needs_grad = torch.is_grad_enabled()
-    for name, table in (("cos", cos), ("sin", sin)):
-        if needs_grad and table.requires_grad:
+    _check_flag("inplace", inplace)
+    rest = _check(x, cos, sin, interleaved, seqlen_offsets, cu_seqlens, max_seqlen)
+    return _turn(x, inplace, rest)
+
+
+def rotary_in_place(
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Names]],
+    interleaved: bool,
+    seqlen_offsets: int | torch.Tensor,
+) -> None:
+    """Check several rotations, and then write them.
+
+    Args:
+        parts: x, cos, sin and their names in errors, for each.
+        interleaved, seqlen_offsets: as for :func:`fap_api.apply_rotary_emb`.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as there; nothing has been written.
+    """
+    checked = []
+    for x, cos, sin, names in parts:
+        rest = _check(x, cos, sin, interleaved, seqlen_offsets, names=names)
+        checked.append((x, rest))
+        # One alone is looked at by the operator, before it writes.
+        if len(parts) > 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            *_, offset, offsets, _, _, _, _ = rest
+            _rotary_ops.check_on_host(x, cos, offset if offsets is None else offsets)
+    for x, rest in checked:
+        _turn(x, True, rest)
+
+
+def keys_of(kv: Any) -> torch.Tensor:
+    """Return the keys of a packed ``(batch, seqlen, 2, nheads_k, headdim)`` as a view.
+
+    Raises:
+        RuntimeError: another shape.
+        TypeError: no tensor.
+    """
+    check_tensor("kv", kv)
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise RuntimeError(f"kv must have shape (batch, seqlen, 2, nheads_k, headdim), got {tuple(kv.shape)}")
+    return kv[:, :, 0]  # type: ignore[no-any-return]
+
+
+def check_offset(name: str, offset: Any) -> None:
+    """Raise unless ``offset``, which is no tensor, is an integer of at least 0.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: below 0.
+    """
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(
+            f"{name} must be an integer or an int32 tensor (batch,), got {type(offset).__name__}: {offset!r}"
+        )
+    if offset < 0:
+        raise ValueError(f"{name} must be at least 0, got {offset}")
+
+
+def _check(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    seqlen_offsets: int | torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    names: Names = _OWN_NAMES,
+) -> tuple[Any, ...]:
+    """Check one rotation and return the operators' arguments behind ``x``."""
+    name, *table_names = names
+    _check_rows(name, x, cu_seqlens, max_seqlen)
+    check_angles(x, cos, sin, (table_names[0], table_names[1]))
+    for table_name, table in zip(table_names, (cos, sin), strict=True):
+        if torch.is_grad_enabled() and table.requires_grad:
             raise RuntimeError(
-                f"{name} must not require a gradient, since rotation computes none for it, "
-                f"got requires_grad=True; accepted: {name}.detach()"
+                f"{table_name} must not require a gradient, since rotation computes none for it, "
+                f"got requires_grad=True; accepted: {table_name}.detach()"
             )
     compiling = torch.compiler.is_compiling()
     if not compiling and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError("x must not carry a forward-mode tangent, got one; accepted: reverse-mode only")
+        raise RuntimeError(
+            f"{name} must not carry a forward-mode tangent, got one; accepted: reverse-mode only"
+        )
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    offset, offsets = _offsets(x, cos, seqlen_offsets, batch, packed=cu_seqlens is not None)
-    # Callers hand down 0-d tensors as well as ints, and a symbolic int is to stay one.
-    longest = max_seqlen if max_seqlen is None or isinstance(max_seqlen, int) else int(max_seqlen)
-    for name, flag in (("interleaved", interleaved), ("inplace", inplace)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {type(flag).__name__}: {flag!r}")
-    rest = (cos, sin, interleaved, offset, offsets, cu_seqlens, longest, False, _backend(x))
-    needs_grad = needs_grad and x.requires_grad
+    offset, offsets = _offsets(x, seqlen_offsets, batch)
+    if cu_seqlens is None and offsets is None and x.shape[1] > 0 and x.shape[1] + offset > cos.shape[0]:
+        raise RuntimeError(
+            f"{table_names[0]} and {table_names[1]} must have an angle for every position, "
+            f"got {cos.shape[0]} rows for seqlen {x.shape[1]} and seqlen_offsets {offset}"
+        )
+    # Callers hand down 0-d tensors as well as ints.
+    longest = None if max_seqlen is None else check_length("max_seqlen", max_seqlen)
+    _check_flag("interleaved", interleaved)
+    return cos, sin, interleaved, offset, offsets, cu_seqlens, longest, False, _backend(x)
+
+
+def _turn(x: torch.Tensor, inplace: bool, rest: tuple[Any, ...]) -> torch.Tensor:
+    """Run one checked rotation."""
+    compiling = torch.compiler.is_compiling()
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
     if not (needs_grad or compiling):
         # Without a gradient to record, the operators' autograd kernels would cost time and do nothing.
         with torch._C._AutoDispatchBelowAutograd():
@@ -68,42 +153,40 @@ def _run(x: torch.Tensor, inplace: bool, rest: tuple[Any, ...]) -> torch.Tensor:
     return x
 
 
-def _check_rows(x: Any, cu_seqlens: Any, max_seqlen: Any) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+def _check_rows(name: str, x: Any, cu_seqlens: Any, max_seqlen: Any) -> None:
+    check_tensor(name, x)
     if x.layout != torch.strided:
-        raise RuntimeError(f"x must be a dense tensor (layout torch.strided), got {x.layout}")
+        raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
     if not x.is_floating_point():
-        raise RuntimeError(f"x must have a floating-point dtype, got {x.dtype}")
+        raise RuntimeError(f"{name} must have a floating-point dtype, got {x.dtype}")
     layout = "(batch, seqlen, nheads, headdim)" if cu_seqlens is None else "(total, nheads, headdim)"
     if x.dim() != layout.count(",") + 1:
-        raise RuntimeError(f"x must have {layout.count(',') + 1} dimensions {layout}, got {tuple(x.shape)}")
+        raise RuntimeError(
+            f"{name} must have {layout.count(',') + 1} dimensions {layout}, got {tuple(x.shape)}"
+        )
     if (cu_seqlens is None) != (max_seqlen is None):
         raise RuntimeError("cu_seqlens and max_seqlen need each other, got one without the other")
     if cu_seqlens is not None:
         check_index("cu_seqlens", cu_seqlens, x.device)
+        if cu_seqlens.shape[0] < 1:
+            raise RuntimeError("cu_seqlens must have shape (batch + 1,), got shape (0,)")
 
 
-def _offsets(
-    x: torch.Tensor, cos: torch.Tensor, seqlen_offsets: Any, batch: int, *, packed: bool
-) -> tuple[int, torch.Tensor | None]:
-    """Return the positions of the first rows: one number, or a tensor beside 0."""
+def _check_flag(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {type(flag).__name__}: {flag!r}")
+
+
+def _offsets(x: torch.Tensor, seqlen_offsets: Any, batch: int) -> tuple[int, torch.Tensor | None]:
+    """Return the positions of the first rows: one number, or an int32 tensor beside 0."""
     if isinstance(seqlen_offsets, torch.Tensor):
-        offsets = seqlen_offsets.to(torch.int32) if seqlen_offsets.dtype == torch.int64 else seqlen_offsets
+        offsets = seqlen_offsets
+        if offsets.dtype == torch.int64:
+            # No table is that long. Without the bounds a conversion would wrap far positions around to near.
+            offsets = offsets.clamp(-(2**30), 2**30).to(torch.int32)
         check_index("seqlen_offsets", offsets, x.device, batch, "(batch,)")
         return 0, offsets
-    if isinstance(seqlen_offsets, bool) or not isinstance(seqlen_offsets, int):
-        raise TypeError(
-            "seqlen_offsets must be an integer or an int32 tensor (batch,), "
-            f"got {type(seqlen_offsets).__name__}: {seqlen_offsets!r}"
-        )
-    if seqlen_offsets < 0:
-        raise ValueError(f"seqlen_offsets must be at least 0, got {seqlen_offsets}")
-    if not packed and x.shape[1] > 0 and x.shape[1] + seqlen_offsets > cos.shape[0]:
-        raise RuntimeError(
-            f"cos and sin must have an angle for every position, got {cos.shape[0]} rows for seqlen "
-            f"{x.shape[1]} and seqlen_offsets {seqlen_offsets}"
-        )
+    check_offset("seqlen_offsets", seqlen_offsets)
     return seqlen_offsets, None
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from fap_api._rotary_call import check_offset, keys_of, rotary_in_place
+from fap_api._validate import check_tensor
+from fap_kernels.packing import check_length
 
 __all__ = ["RotaryEmbedding", "RotaryTables"]
 
@@ -39,7 +44,8 @@ class RotaryEmbedding(nn.Module):
         device: where :meth:`tables` are made unless it is told otherwise; None stands for PyTorch's default.
 
     Raises:
-        ValueError: dim that is odd or below 2, or a base that is not positive.
+        ValueError: dim that is odd or below 2, or a base that is not positive and finite.
+        TypeError: an argument of the wrong type.
     """
 
     def __init__(
@@ -51,12 +57,15 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if dim < 2 or dim % 2:
+        if check_length("rotary dim", dim) < 2 or dim % 2:
             raise ValueError(f"rotary dim must be even and at least 2, got {dim}")
-        if not base > 0:
-            raise ValueError(f"rotary base must be positive, got {base}")
-        if scale_base is not None and not scale_base > 0:
-            raise ValueError(f"rotary scale_base must be positive or None, got {scale_base}")
+        _check_positive("base", base, "positive")
+        if scale_base is not None:
+            _check_positive("scale_base", scale_base, "positive or None")
+        if not isinstance(interleaved, bool):
+            raise TypeError(
+                f"rotary interleaved must be True or False, got {type(interleaved).__name__}: {interleaved!r}"
+            )
         self.dim = dim
         self.base = float(base)
         self.interleaved = interleaved
@@ -89,15 +98,22 @@ class RotaryEmbedding(nn.Module):
 
         Raises:
             RuntimeError: as for :func:`fap_api.rotary.apply_rotary_emb_qkv_`; max_seqlen missing.
+            ValueError, TypeError: as for :func:`fap_api.rotary.apply_rotary_emb_qkv_`.
         """
-        from fap_api.rotary import apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
+        from fap_api.rotary import apply_rotary_emb_qkv_
 
-        if max_seqlen is None:
+        check_tensor("qkv", qkv)
+        keys = None if kv is None else keys_of(kv)
+        if not isinstance(seqlen_offset, torch.Tensor):
+            check_offset("seqlen_offset", seqlen_offset)
+        if max_seqlen is not None:
+            max_seqlen = check_length("max_seqlen", max_seqlen)
+        else:
             if isinstance(seqlen_offset, torch.Tensor):
                 raise RuntimeError("max_seqlen must be given where seqlen_offset is a tensor, got None")
             max_seqlen = max(qkv.shape[1], 0 if kv is None else kv.shape[1]) + seqlen_offset
         cos, sin, cos_k, sin_k = self.tables(max_seqlen, qkv.device)
-        if kv is None:
+        if kv is None or keys is None:
             of_keys = {} if self.scale_base is None else {"cos_k": cos_k, "sin_k": sin_k}
             return apply_rotary_emb_qkv_(
                 qkv,
@@ -108,8 +124,10 @@ class RotaryEmbedding(nn.Module):
                 seqlen_offsets=seqlen_offset,
                 num_heads_q=num_heads_q,
             )
-        q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
-        return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, self.interleaved, seqlen_offset)
+        tables = ("cos", "sin")
+        parts = [(qkv, cos, sin, ("qkv", *tables)), (keys, cos_k, sin_k, ("kv", *tables))]
+        rotary_in_place(parts, self.interleaved, seqlen_offset)
+        return qkv, kv
 
     def tables(self, seqlen: int, device: torch.device | str | None = None) -> RotaryTables:
         """Return float32 tables for at least the positions 0 to ``seqlen - 1``; under xPos for just these."""
@@ -143,6 +161,13 @@ class RotaryEmbedding(nn.Module):
             return RotaryTables(cos, sin, cos, sin)
         scale = ((fraction + 0.4) / 1.4) ** ((position - seqlen // 2) / self.scale_base)[:, None]
         return RotaryTables(cos * scale, sin * scale, cos / scale, sin / scale)
+
+
+def _check_positive(name: str, value: Any, accepted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"rotary {name} must be a {accepted} number, got {type(value).__name__}: {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"rotary {name} must be {accepted}, and finite, got {value}")
 
 
 def _have_values(table: torch.Tensor) -> bool:

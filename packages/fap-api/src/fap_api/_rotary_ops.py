@@ -8,7 +8,7 @@ import torch
 
 from fap_api.backends._torch_rotary import packed_positions, positions_from, rotate
 
-__all__ = ["TurnInPlace", "rotary", "rotary_"]
+__all__ = ["TurnInPlace", "check_on_host", "rotary", "rotary_"]
 
 _REST = (
     "Tensor cos, Tensor sin, bool interleaved, SymInt offset, Tensor? offsets, Tensor? cu_seqlens,"
@@ -35,7 +35,7 @@ def _turn(
 ) -> torch.Tensor:
     start = offset if offsets is None else offsets
     if x.device.type == "cpu":
-        _check_on_host(x, cos, start, cu_seqlens, max_seqlen)
+        check_on_host(x, cos, start, cu_seqlens, max_seqlen)
     if backend == "triton":
         from fap_kernels import apply_rotary
 
@@ -65,12 +65,12 @@ def _turn_in_place(x: torch.Tensor, *rest: Any) -> None:
         torch.autograd.graph.increment_version([x])
 
 
-def _check_on_host(
+def check_on_host(
     x: torch.Tensor,
     cos: torch.Tensor,
     start: int | torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> None:
     """Raise where a row's position, which the host can read, has no angle.
 

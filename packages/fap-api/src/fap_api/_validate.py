@@ -6,7 +6,13 @@ import torch
 
 from fap_kernels.packing import check_index, check_length
 
-__all__ = ["check_one_packing", "refuse_tangents", "split_packed"]
+__all__ = ["check_one_packing", "check_tensor", "refuse_tangents", "split_packed"]
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raise a TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def split_packed(
@@ -24,8 +30,7 @@ def split_packed(
         TypeError: not a tensor.
         RuntimeError: another shape.
     """
-    if not isinstance(packed, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(packed).__name__}")
+    check_tensor(name, packed)
     dim = rows.count(",") + 1
     if packed.dim() != dim + 3 or packed.shape[dim] != parts:
         raise RuntimeError(

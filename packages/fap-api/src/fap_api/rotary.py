@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fap_api._rotary_call import rotary
+from fap_api._rotary_call import keys_of, rotary, rotary_in_place
 from fap_api._rotary_module import RotaryEmbedding
+from fap_api._validate import check_tensor
 from fap_api.backends._torch_rotary import turn
+from fap_kernels.packing import check_length
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
+
+    from fap_api._rotary_call import Names
 
 __all__ = [
     "RotaryEmbedding",
@@ -78,8 +82,19 @@ def apply_rotary_emb_torch(
         interleaved: as for :func:`apply_rotary_emb`.
 
     Raises:
-        RuntimeError: shapes that do not fit together.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+        TypeError: an argument of the wrong type.
     """
+    for name, given in (("x", x), ("cos", cos), ("sin", sin)):
+        check_tensor(name, given)
+        if not given.is_floating_point():
+            raise RuntimeError(f"{name} must have a floating-point dtype, got {given.dtype}")
+        if given.device != x.device:
+            raise RuntimeError(f"{name} must be on x's device {x.device}, got {given.device}")
+    if not isinstance(interleaved, bool):
+        raise TypeError(
+            f"interleaved must be True or False, got {type(interleaved).__name__}: {interleaved!r}"
+        )
     rows = x.shape[:2]
     fits = cos.shape == sin.shape and x.dim() == 4 and cos.dim() in (2, 3) and 2 * cos.shape[-1] <= x.shape[3]
     if not fits or cos.shape[:-1] != rows[3 - cos.dim() :]:
@@ -112,13 +127,20 @@ def apply_rotary_emb_qkv_(
         num_heads_q: nheads; needed iff qkv has 4 dimensions.
 
     Raises:
-        RuntimeError: a shape other than these; otherwise as for :func:`apply_rotary_emb`.
+        RuntimeError: a shape other than these; otherwise as for :func:`apply_rotary_emb`. Nothing has been
+            written then.
+        ValueError, TypeError: as for :func:`apply_rotary_emb`.
     """
+    check_tensor("qkv", qkv)
     if (cos_k is None) != (sin_k is None):
         raise RuntimeError("cos_k and sin_k need each other, got one without the other")
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Names]] = []
     for x, is_key in _queries_and_keys(qkv, num_heads_q, together=cos_k is None):
-        tables = (cos_k, sin_k) if is_key and cos_k is not None and sin_k is not None else (cos, sin)
-        rotary(x, *tables, interleaved, True, seqlen_offsets, None, None)
+        if is_key and cos_k is not None and sin_k is not None:
+            parts.append((x, cos_k, sin_k, ("qkv", "cos_k", "sin_k")))
+        else:
+            parts.append((x, cos, sin, ("qkv", "cos", "sin")))
+    rotary_in_place(parts, interleaved, seqlen_offsets)
     return qkv
 
 
@@ -136,9 +158,7 @@ def apply_rotary_emb_kv_(
     Raises:
         RuntimeError: kv of another shape.
     """
-    if kv.dim() != 5 or kv.shape[2] != 2:
-        raise RuntimeError(f"kv must have shape (batch, seqlen, 2, nheads_k, headdim), got {tuple(kv.shape)}")
-    rotary(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets, None, None)
+    rotary_in_place([(keys_of(kv), cos, sin, ("kv", "cos", "sin"))], interleaved, seqlen_offsets)
     return kv
 
 
@@ -153,6 +173,8 @@ def _queries_and_keys(
         yield qkv[:, :, 0], False
         yield qkv[:, :, 1], True
         return
+    if num_heads_q is not None:
+        num_heads_q = check_length("num_heads_q", num_heads_q)
     heads_k = (qkv.shape[2] - num_heads_q) // 2 if qkv.dim() == 4 and num_heads_q is not None else 0
     if num_heads_q is None or heads_k < 1 or num_heads_q < 1 or num_heads_q + 2 * heads_k != qkv.shape[2]:
         raise RuntimeError(

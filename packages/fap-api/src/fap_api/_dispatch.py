@@ -61,18 +61,18 @@ def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
 
     What observes a whole process from outside, without a profiler in this thread, sees kernels alone.
     """
-    return (
-        not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._autograd._profiler_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and _PLAIN.issuperset(map(type, tensors))
-        and all(map(_in_memory, tensors))
-    )
-
-
-def _in_memory(x: torch.Tensor | None) -> bool:
-    # A negative view, the imaginary part of a conjugate, is negated by the dispatcher.
-    return x is None or ((x.is_cuda or x.is_cpu) and not x.is_neg())
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or not _PLAIN.issuperset(map(type, tensors))
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110 - a generator takes longer
+        # A negative view, the imaginary part of a conjugate, is negated by the dispatcher.
+        if x is not None and (x.is_neg() or not (x.is_cuda or x.is_cpu)):
+            return False
+    return True

@@ -40,9 +40,8 @@ def list_work(
         items,
     )
     row = found + tl.program_id(0) * MOST * 13
-    turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
+    turn, tile = work.next_tile(call, 0, BLOCK_M, PAIRED)
     while work.there_is(call, turn, PAIRED):
-        tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for part in range(BLOCK_M // 64):
             phases = work.phases_of(call, tile, sweep, tile.first_query + part * 64, 64, BLOCK_N)
@@ -58,7 +57,7 @@ def list_work(
         tl.store(row + 7, sweep.top)
         tl.store(row + 8, sweep.count)
         row += 13
-        turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
+        turn, tile = work.next_tile(call, turn + 1, BLOCK_M, PAIRED)
 
 
 def turns(

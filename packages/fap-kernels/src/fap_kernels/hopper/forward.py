@@ -152,9 +152,8 @@ def _fetch(
     call = operands.call
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     q_stage, q_phase, stage, phase = 0, 0, 0, 0
-    turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
+    turn, tile = work.next_tile(call, 0, BLOCK_M, PAIRED)
     while work.there_is(call, turn, PAIRED):
-        tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
         q_packed = tile.q_start if call.cu_seqlens_q is not None else None
         k_packed = tile.k_start if call.cu_seqlens_k is not None else None
         q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
@@ -171,7 +170,7 @@ def _fetch(
             ring.fill(operands.k_ring, stage, phase, k_rows, head_k, first_key)
             ring.fill(operands.v_ring, stage, phase, v_rows, head_k, first_key)
             stage, phase = ring.advance(stage, phase, STAGES)
-        turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
+        turn, tile = work.next_tile(call, turn + 1, BLOCK_M, PAIRED)
 
 
 @gluon.jit
@@ -198,8 +197,7 @@ def _multiply(
     if TURNS:
         turns.first_turn(WARPGROUP, WARPGROUPS)
 
-    turn = work.next_turn(call, 0, BLOCK_M, PAIRED)
-    tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
+    turn, tile = work.next_tile(call, 0, BLOCK_M, PAIRED)
     sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
     if OVERLAP_TILES:
         there = work.there_is(call, turn, PAIRED)
@@ -211,7 +209,6 @@ def _multiply(
         p = gl.convert_layout(weights, P, assert_trivial=True)
     while work.there_is(call, turn, PAIRED):
         if not OVERLAP_TILES:
-            tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
             sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
             q = _queries(operands.q_ring, q_slot, q_phase, True, WIDTH)
             s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
@@ -242,7 +239,7 @@ def _multiply(
                 )  # fmt: skip
 
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
-        turn = work.next_turn(call, turn + 1, BLOCK_M, PAIRED)
+        turn, tile = work.next_tile(call, turn + 1, BLOCK_M, PAIRED)
         if OVERLAP_TILES:
             mbarrier.arrive(operands.q_ring.empty.index(q_slot))
         count += 1
@@ -251,7 +248,6 @@ def _multiply(
         if OVERLAP_TILES:
             # S = Q K^T of the next tile's first keys runs beside O += P V of this one's last.
             there = work.there_is(call, turn, PAIRED)
-            tile = work.tile_of(call, turn, BLOCK_M, PAIRED)
             sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
             q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
             if TURNS:

@@ -110,21 +110,7 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
         batch, head, first_query = tiles.place_of(
             item, call.nheads, call.seqlen_q, BLOCK_M, call.window_right is not None
         )
-        return batch, head, first_query, item >= 0  # always there: next_turn wants a tensor
-
-
-@triton.jit
-def next_turn(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
-    """The first turn from ``turn`` on that has a tile, or one without an item where none has."""
-    turn = tl.cast(turn, tl.int32)
-    if PAIRED or call.cu_seqlens_q is not None:
-        exists = False
-        while there_is(call, turn, PAIRED) & (not exists):
-            batch, _, first_query, exists = place_of(call, turn, BLOCK_M, PAIRED)
-            _, _, length = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
-            exists = exists & (first_query < length)
-            turn += tl.where(exists, 0, 1)
-    return turn
+        return batch, head, first_query, item >= 0  # always there: next_tile wants a tensor
 
 
 @triton.jit
@@ -134,12 +120,29 @@ def there_is(call, turn, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def tile_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
-    """The query tile of a turn, or some tile if there is none."""
-    batch, head, first_query, _ = place_of(call, turn, BLOCK_M, PAIRED)
+def next_tile(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
+    """The first turn from ``turn`` on that has a query tile, and that tile.
+
+    Where none has, the turn has no item, and the tile is some tile.
+    """
+    turn = tl.cast(turn, tl.int32)
+    batch, head, first_query, exists = place_of(call, turn, BLOCK_M, PAIRED)
+    if PAIRED or call.cu_seqlens_q is not None:
+        exists = exists & _reaches(call, batch, first_query)
+        while there_is(call, turn, PAIRED) & (not exists):
+            turn += 1
+            batch, head, first_query, exists = place_of(call, turn, BLOCK_M, PAIRED)
+            exists = exists & _reaches(call, batch, first_query)
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
-    return Tile(batch, head, first_query, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
+    return turn, Tile(batch, head, first_query, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
+
+
+@triton.jit
+def _reaches(call, batch, first_query):
+    """Whether a batch entry has a query at ``first_query``."""
+    _, _, length = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
+    return first_query < length
 
 
 @triton.jit

@@ -51,7 +51,8 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     with pytest.MonkeyPatch.context() as environment:
         # AMD's code is read as assembly and need not be linked; Triton 3.4 carries no linker of its own.
         environment.setenv("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
-        compiled = triton.compile(source, target=GPU_TARGETS[chip], options={"num_warps": launch.num_warps})
+        options = {name: value for name, value in launch.options().items() if name != "launch_pdl"}
+        compiled = triton.compile(source, target=GPU_TARGETS[chip], options=options)
     registers, spills, warnings = _resources(compiled, chip)
     assembly = compiled.asm["amdgcn"] if chip.startswith("gfx") else compiled.asm["ptx"]
     cubin = compiled.asm.get("cubin", b"")

@@ -78,6 +78,8 @@ class Launch:
         programs: size of the one-dimensional grid; 0 means that there is nothing to do.
         arguments: the kernel's arguments by name, constexprs included.
         num_warps: warps of one program.
+        maxnreg: registers of a thread at most, so that several programs fit a multiprocessor; None for what
+            the compiler takes.
         overlap: start while the kernel before it still runs. The kernel must wait for it by itself before it
             reads a result; only chips whose target says so can do it.
     """
@@ -87,14 +89,22 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     overlap: bool = False
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told besides the arguments."""
+        options: dict[str, Any] = {"num_warps": self.num_warps}
+        if self.overlap:
+            options["launch_pdl"] = True
+        if self.maxnreg is not None:
+            options["maxnreg"] = self.maxnreg
+        return options
 
     def run(self, device: torch.device) -> Any:
         """Launch on the current stream of ``device``; return what Triton compiled, None if nothing ran."""
         if self.programs == 0:
             return None
-        options: dict[str, Any] = {"num_warps": self.num_warps}
-        if self.overlap:
-            options["launch_pdl"] = True
+        options = self.options()
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.kernel[(self.programs,)](**self.arguments, **options)

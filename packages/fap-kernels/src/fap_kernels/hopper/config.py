@@ -13,6 +13,9 @@ __all__ = ["FORWARD", "REDO", "HopperConfig", "HopperRow", "RedoConfig", "choose
 WARPGROUP_ROWS = 64
 """Queries of one warpgroup."""
 
+REGISTERS = 1 << 16
+"""Of a multiprocessor."""
+
 
 @dataclass(frozen=True, slots=True)
 class HopperConfig:
@@ -20,9 +23,10 @@ class HopperConfig:
 
     Attributes:
         width: columns of a tile, a power of two; what the head dimension lacks of it is filled with zeros.
-        warpgroups: how many of them multiply, 64 queries each.
+        warpgroups: how many of them multiply, 64 queries each; one, two or three.
         block_n: keys in a tile.
-        stages: tiles of keys, and of values, that are fetched ahead.
+        stages: tiles of keys, and of values, that are fetched ahead; at least two, since a step waits for the
+            next one's keys before it gives its values back.
         persistent: one program a multiprocessor takes query tile after query tile. Otherwise a program takes
             one, and the hardware hands them out.
         paired: hand out pairs of a long and a short query tile, which under a causal mask all have the same
@@ -31,6 +35,8 @@ class HopperConfig:
             persistent program, and shared memory for another tile of queries.
         optimistic: stop raising the reference of the softmax once each row has met a key.
         turns: let one warpgroup multiply while another weighs.
+        beside: programs that share a multiprocessor and its registers, where one has a single warpgroup: what
+            one of them waits for, the others fill with their work.
     """
 
     width: int
@@ -42,6 +48,27 @@ class HopperConfig:
     overlap_tiles: bool = False
     optimistic: bool = True
     turns: bool = False
+    beside: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise ValueError(
+                f"stages must be at least 2, got {self.stages}: the warpgroups would wait forever"
+            )
+        if self.beside > 1 and self.warpgroups > 1:
+            raise ValueError("programs of several warpgroups leave no registers for another one beside them")
+
+    @property
+    def maxnreg(self) -> int | None:
+        """Registers of a thread that let ``beside`` programs share a multiprocessor.
+
+        That is before a program shares its own out: the warp that fetches counts as a warpgroup here, and
+        leaves most of its registers to the other.
+        """
+        if self.beside == 1:
+            return None
+        threads = self.beside * 128 * (self.warpgroups + 1)
+        return REGISTERS // threads // 8 * 8  # they are handed out in eights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,15 +149,15 @@ FORWARD = (
               config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
               why="487 at 2k, 602 at 16k; portable 431, 450-504, cuDNN 459, 479; two warpgroups 468, 506"),
     HopperRow(head_dim=64, bounded=False,
-              config=HopperConfig(64, 2, 128, 3, optimistic=False, **_FLOWING),
-              why="360 at 512; portable 329, cuDNN 392; optimistic 358"),
+              config=HopperConfig(64, 1, 64, 3, persistent=True, overlap_tiles=True, beside=3),
+              why="388 at 512; portable 325, cuDNN 389; two warpgroups 361"),
     HopperRow(head_dim=64, bounded=True, seqlen_from=12288, config=HopperConfig(64, 3, 128, 3),
               why="534 at 16k; portable 440, cuDNN 449; taking turns 521, pairs 507"),
-    HopperRow(head_dim=64, bounded=True, seqlen_from=4096,
-              config=HopperConfig(64, 2, 128, 3, paired=True, **_FLOWING),
-              why="469 at 8k; portable 426, cuDNN 439; three warpgroups 452"),
-    HopperRow(head_dim=64, bounded=True, config=None,
-              why="the portable kernel is faster: 350 against 334 at 2k, 208 against 167 at 512"),
+    HopperRow(head_dim=64, bounded=True, seqlen_from=1024, config=HopperConfig(64, 1, 64, 3, beside=3),
+              why="405 at 2k, 478 at 8k; portable 348, 425, cuDNN 395, 455; two warpgroups 366, 461"),
+    HopperRow(head_dim=64, bounded=True,
+              config=HopperConfig(64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, beside=3),
+              why="261 at 512; portable 206, cuDNN 259; not persistent 232, two warpgroups 194"),
 
     HopperRow(head_dim=128, bounded=False, seqlen_from=1024,
               config=HopperConfig(128, 2, 128, 2, **_FLOWING),
@@ -143,8 +170,9 @@ FORWARD = (
     HopperRow(head_dim=128, bounded=True, seqlen_from=1024,
               config=HopperConfig(128, 2, 64, 4, persistent=True, paired=True, overlap_tiles=True),
               why="533 at 2k; portable 429, cuDNN 497; 128 keys 455"),
-    HopperRow(head_dim=128, bounded=True, config=None,
-              why="the portable kernel is faster: 252 against 246 at 512"),
+    HopperRow(head_dim=128, bounded=True,
+              config=HopperConfig(128, 1, 64, 2, persistent=True, paired=True, overlap_tiles=True, beside=2),
+              why="310 at 512; portable 250, cuDNN 337; two warpgroups 280"),
 
     HopperRow(head_dim=256, bounded=False, config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True),
               why="522 at 512, 754 at 2k, 858 at 16k; portable 359, 479, 539, cuDNN 524, 649, 676"),

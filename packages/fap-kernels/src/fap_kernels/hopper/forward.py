@@ -1,4 +1,4 @@
-"""The forward pass on Hopper: one warp fetches, two or three warpgroups multiply, 64 queries each.
+"""The forward pass on Hopper: one warp fetches, one to three warpgroups multiply, 64 queries each.
 
 The algorithm is FlashAttention-3's (Shah et al., arXiv:2407.08608): tiles come by TMA into rings of shared
 memory, products are asynchronous, and the softmax of one key tile runs beside a product of the one before.
@@ -105,7 +105,19 @@ def hopper_forward_kernel(
     # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
     # others: how many warps each has, and how many registers a thread of them; the first has what is left.
     # A constexpr stays one only where it is written out in the call.
-    if WARPGROUPS == 2:
+    if WARPGROUPS == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (0, operands, WIDTH, BLOCK_N, STAGES, 1, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
+                ),
+                (_fetch, (operands, parts, BLOCK_N, STAGES, 1, Q_STAGES, PAIRED)),
+            ],
+            [1],
+            [24],
+        )
+    elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
                 (

@@ -55,7 +55,7 @@ def plan_hopper_forward(
     packed = problem.packed
     forward = Launch(
         kernel=hopper_forward_kernel,
-        programs=min(processors, items) if config.persistent else items,
+        programs=min(processors * config.beside, items) if config.persistent else items,
         arguments={
             "q_part0": _descriptor(q, WARPGROUP_ROWS, config.width, packed),
             "k_part0": _descriptor(k, config.block_n, config.width, packed),
@@ -73,6 +73,7 @@ def plan_hopper_forward(
             "TURNS": config.turns,
         },
         num_warps=4,
+        maxnreg=config.maxnreg,
     )
     if not config.optimistic:
         return [forward]

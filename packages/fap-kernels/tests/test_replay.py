@@ -99,6 +99,17 @@ def test_a_call_that_launched_a_copy_is_not_kept(on_cpu: None) -> None:
     assert Replay.of([(launch_of(other=q), Compiled())], {"q": q}, {}) is None
 
 
+def test_a_call_on_another_device_than_the_current_is_not_kept(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It launches on that device, and a replay on the current one."""
+    q = torch.zeros(4, 16)
+    launched = [(launch_of(q=q), Compiled())]
+    assert Replay.of(launched, {"q": q}, {}) is not None
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
+    assert Replay.of(launched, {"q": q}, {}) is None
+
+
 def test_an_append_and_a_rotation_are_kept(on_cpu: None) -> None:
     """Every tensor of their launches is found among those given."""
     from fap_kernels.cache import Cache

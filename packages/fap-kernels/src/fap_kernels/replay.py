@@ -29,6 +29,7 @@ MOST_MAPS = 128
 # Types whose values never change, a tuple's where its elements' do not.
 _PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _BOUNDS = frozenset((int,))
+_ON_CPU = -1  # as in tests without a GPU
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -119,11 +120,16 @@ class Replay:
     ) -> Replay | None:
         """Take the tensors out of launches; None if one of their tensors is none of those named.
 
+        Nor is there one where the tensors are not on the current device, on which :meth:`run` launches.
+
         Args:
             made: the contiguous tensors that the call allocated, results first, by name as well.
         """
         steps = []
         named = {**given, **made}
+        device = torch.cuda.current_device()
+        if any(x is not None and x.get_device() not in (device, _ON_CPU) for x in named.values()):
+            return None
         # Where a result was not given, its name stands for None among those given: what was made counts.
         places = {name: place for place, name in enumerate((*given, *made))}
         for launch, compiled in launches:
@@ -134,7 +140,7 @@ class Replay:
                 return None
             steps.append(step)
         new = [(tuple(x.shape), x.stride(), x.dtype) for x in made.values()]
-        return cls(steps, new, torch.cuda.current_device())
+        return cls(steps, new, device)
 
     def run(self, *given: torch.Tensor | None) -> list[torch.Tensor]:
         """Launch on the current stream, with tensors in the order in which they were given.

@@ -217,6 +217,7 @@ class TestArguments:
             ({"cache_seqlens": CAPACITY}, f"cache_seqlens .*{CAPACITY} keys and 1 new ones .*{CAPACITY}"),
             ({"cache_seqlens": torch.tensor([5, -1], dtype=torch.int32)}, "cache_seqlens must be at least 0"),
             ({"cache_batch_idx": torch.tensor([0, 2], dtype=torch.int32)}, "cache_batch_idx must name"),
+            ({"cache_batch_idx": torch.tensor([1, 1], dtype=torch.int32)}, "cache_batch_idx must be another"),
             ({"cache_batch_idx": torch.tensor([0, -1], dtype=torch.int32)}, "cache_batch_idx must name"),
             ({"cache_leftpad": torch.tensor([0, -1], dtype=torch.int32)}, "cache_leftpad must be at least 0"),
             ({"rotary_interleaved": None}, "rotary_interleaved must be True or False"),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conformance import check_case, run
 
-from fap_kernels import target
+from fap_kernels import attention_forward, target
+from fap_kernels.support import LARGEST_SOFTCAP
 from fap_testing.cases import Case, find, select
+from fap_testing.expectation import expect
 from fap_testing.inputs import make_inputs
 
 pytestmark = [
@@ -38,6 +40,16 @@ def test_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter of Triton 3.4 asks of strides in elements what a GPU asks of strides in bytes.
     case = dataclasses.replace(case, head_dim=48)
     check_case(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_widest_softcap(dtype: torch.dtype) -> None:
+    """Beyond it a logit's rounding would show: at a softcap of 1e7 it is about 1."""
+    inputs = make_inputs(dataclasses.replace(find("softcap_15"), softcap=LARGEST_SOFTCAP), dtype=dtype)
+    _, softmax_lse, _ = attention_forward(inputs.q, inputs.k, inputs.v, **inputs.options)
+    torch.testing.assert_close(softmax_lse.double(), expect(inputs).oracle.softmax_lse, rtol=0.0, atol=3e-4)
+    with pytest.raises(RuntimeError, match=r"softcap must be at most 1000.0, .* got 1001.0"):
+        attention_forward(inputs.q, inputs.k, inputs.v, **inputs.options | {"softcap": 1001.0})
 
 
 def test_dropout_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,13 @@ from fap_kernels.problem import AttentionProblem, normalize_window
 CPU = torch.device("cpu")
 
 
+class Unfloatable:
+    """Something that says it is a number and is none, as an array of two is."""
+
+    def __float__(self):
+        raise ValueError("only one of two")
+
+
 def draw(batch=2, seqlen_q=5, seqlen_k=7, nheads=4, nheads_k=2, head_dim=8, **options):
     q = torch.empty(batch, seqlen_q, nheads, head_dim, **options)
     k, v = (torch.empty(batch, seqlen_k, nheads_k, head_dim, **options) for _ in range(2))
@@ -173,6 +180,12 @@ def test_something_else_than_a_tensor(position):
         (ValueError, {"softcap": -1}, ["softcap must be finite and at least 0.0", "-1"]),
         (ValueError, {"softcap": math.inf}, ["softcap", "inf"]),
         (ValueError, {"softmax_scale": math.nan}, ["softmax_scale must be finite, got nan"]),
+        (ValueError, {"softmax_scale": 1e30}, ["softmax_scale must be 0.0 or of a size from", "1e\\+30"]),
+        (ValueError, {"softmax_scale": -1e-30}, ["softmax_scale must be 0.0 or of a size from", "-1e-30"]),
+        (ValueError, {"softmax_scale": 10**400}, ["softmax_scale must be finite, got an integer"]),
+        (TypeError, {"softmax_scale": Unfloatable()}, ["softmax_scale must be a number, got Unfloatable"]),
+        (ValueError, {"softcap": 1e300}, [r"softcap must be 0.0 \(off\) or from", "1e\\+300"]),
+        (ValueError, {"softcap": 1e-300}, [r"softcap must be 0.0 \(off\) or from", "1e-300"]),
         (TypeError, {"softmax_scale": torch.ones((), requires_grad=True)}, ["softmax_scale", "no gradient"]),
         (
             ValueError,

@@ -123,6 +123,7 @@ def test_on_a_gpu(case: VarlenCase, dtype: torch.dtype) -> None:
         ({"cu_seqlens_q": [0, 1, 2]}, "cu_seqlens_q must be a torch.Tensor, got list"),
         ({"max_seqlen_q": 1.5}, "max_seqlen_q must be an integer, got float"),
         ({"max_seqlen_k": -1}, "max_seqlen_k must be at least 0, got -1"),
+        ({"max_seqlen_k": 2**31}, "max_seqlen_k must be at most 2147483647, .* got 2147483648"),
         ({"q": torch.zeros(1, 8, 2, 16)}, r"q must have 3 dimensions \(total, nheads, headdim\)"),
         ({"q": None}, "q must be a torch.Tensor, got NoneType"),
         ({"k": torch.zeros(8, 2, 8)}, "k must have q's head dimension 16, got 8"),

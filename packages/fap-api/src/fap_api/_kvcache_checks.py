@@ -161,6 +161,11 @@ def check_on_host(
         raise RuntimeError(f"cache_leftpad must be at least 0, got {places.leftpad.tolist()}")
     if places.batch_idx is not None:
         _check_indices("cache_batch_idx", places.batch_idx, len(k_cache), "batch entries of k_cache")
+        if seqlen_new and len(places.batch_idx.unique()) < len(places.batch_idx):
+            raise RuntimeError(
+                "cache_batch_idx must be another for each sequence where keys are appended, "
+                f"got {places.batch_idx.tolist()}"
+            )
     if places.block_table is not None:
         ends = [capacity] * len(places.block_table) if places.seqlens is None else lengths
         for pages, end in zip(places.block_table, ends, strict=True):

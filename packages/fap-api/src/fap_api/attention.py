@@ -47,6 +47,7 @@ def flash_attn_func(
             iff ``i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right``; -1 is no bound on
             that side.
         softcap: 0.0 for none, else scores become ``softcap * tanh(score / softcap)``, before ALiBi and mask.
+            ``triton`` has it up to 1000.
         alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``: adds
             ``-slope * |i + seqlen_k - seqlen_q - j|`` to the scores.
         deterministic: gradients are bitwise equal on every run.

@@ -53,7 +53,8 @@ def attention_forward(
         causal: query i sees no key after its own position, aligned at the sequences' ends; the same
             as ``window_size=(left, 0)``.
         window_size: ``(left, right)`` in keys; -1 is no bound.
-        softcap: c > 0 replaces each scaled product s by ``c * tanh(s / c)``.
+        softcap: c > 0 replaces each scaled product s by ``c * tanh(s / c)``; at most 1000, since s has a
+            rounding error of about 1e-7 c.
         alibi_slopes: float32 ``(nheads,)`` or ``(batch, nheads)``.
         dropout_p: probability in [0, 1) of dropping a weight; the kept are scaled by
             ``1 / (1 - dropout_p)``.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["LEAST_PAGE_SIZE", "Packing", "check_block_table", "check_index", "check_length"]
 
 LEAST_PAGE_SIZE = 16
+# The bounds of sequences are int32. A length beyond that would ask for more programs than a device has.
+LONGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +68,7 @@ class Packing:
 
         Raises:
             RuntimeError: a tensor of the wrong shape, dtype or device.
-            ValueError: a negative length.
+            ValueError: a length below 0, or beyond what int32 holds.
             TypeError: an argument of the wrong type.
         """
         if not isinstance(q, torch.Tensor):
@@ -87,8 +89,8 @@ class Packing:
         return cls(
             cu_seqlens_q=cu_seqlens_q.contiguous(),
             cu_seqlens_k=cu_seqlens_k.contiguous(),
-            max_seqlen_q=check_length("max_seqlen_q", max_seqlen_q),
-            max_seqlen_k=check_length("max_seqlen_k", max_seqlen_k),
+            max_seqlen_q=_check_longest("max_seqlen_q", max_seqlen_q),
+            max_seqlen_k=_check_longest("max_seqlen_k", max_seqlen_k),
             seqused_q=None if seqused_q is None else seqused_q.contiguous(),
             seqused_k=None if seqused_k is None else seqused_k.contiguous(),
             block_table=block_table,
@@ -165,6 +167,13 @@ def check_length(name: str, value: Any) -> int:
         return length
     if length < 0:
         raise ValueError(f"{name} must be at least 0, got {length}")
+    return length
+
+
+def _check_longest(name: str, value: Any) -> int:
+    length = check_length(name, value)
+    if not torch.compiler.is_compiling() and length > LONGEST:
+        raise ValueError(f"{name} must be at most {LONGEST}, the largest int32, got {length}")
     return length
 
 

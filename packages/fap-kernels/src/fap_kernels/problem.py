@@ -26,6 +26,8 @@ __all__ = ["MAX_HEAD_DIM", "AttentionProblem", "normalize_window"]
 MAX_HEAD_DIM = 256
 # No sequence is longer; a wider bound would overflow the 32-bit integers of kernels and of other packages.
 WIDEST_WINDOW = 2**31 - 1
+# Factors on scores beyond these, times a product of 16-bit vectors, leave the range of float32.
+SMALLEST, LARGEST = 1e-20, 1e20
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -149,7 +151,9 @@ class AttentionProblem:
             dropout_p=_check_dropout(dropout_p),
             deterministic=_as_flag("deterministic", deterministic),
             needs_grad=needs_grad,
-            return_attn_probs=_as_flag("return_attn_probs", return_attn_probs),
+            return_attn_probs=_as_flag(
+                "return_attn_probs" if cache is None else "return_softmax_lse", return_attn_probs
+            ),
             packed=packing is not None,
             paged=paged,
             cached=cache is not None,
@@ -266,6 +270,8 @@ def _check_scale(softmax_scale: float | None, head_dim: int) -> float:
     # Compared, not asked math.isfinite: torch.compile traces a symbolic float through comparisons alone.
     if not -math.inf < scale < math.inf:
         raise ValueError(f"softmax_scale must be finite, got {scale}")
+    if scale != 0.0 and not (SMALLEST <= scale <= LARGEST or -LARGEST <= scale <= -SMALLEST):
+        raise ValueError(f"softmax_scale must be 0.0 or of a size from {SMALLEST} to {LARGEST}, got {scale}")
     return scale
 
 
@@ -273,6 +279,8 @@ def _check_softcap(softcap: float) -> float:
     value = _as_float("softcap", softcap)
     if not 0.0 <= value < math.inf:
         raise ValueError(f"softcap must be finite and at least 0.0 (0.0 is off), got {value}")
+    if value != 0.0 and not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"softcap must be 0.0 (off) or from {SMALLEST} to {LARGEST}, got {value}")
     return value
 
 
@@ -286,6 +294,8 @@ def _check_dropout(dropout_p: float) -> float:
 def _as_float(name: str, value: Any) -> float:
     # torch.compile follows isinstance on symbolic numbers, but not hasattr.
     if isinstance(value, (float, int)) and not isinstance(value, bool):
+        if isinstance(value, int) and not -(2**1000) < value < 2**1000:
+            raise ValueError(f"{name} must be finite, got an integer that no float holds")
         return float(value)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
@@ -296,7 +306,10 @@ def _as_float(name: str, value: Any) -> float:
             raise TypeError(
                 f"{name} must be a number, got a tensor of shape {tuple(value.shape)} on {value.device}"
             )
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}") from error
 
 
 def _as_flag(name: str, value: Any) -> bool:

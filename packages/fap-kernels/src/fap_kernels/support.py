@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["require_supported", "require_supported_tensor", "tensor_reasons", "unsupported_reasons"]
 
 
+# Their tanh of a small argument has the absolute error of float32 at 1, which the logits have times softcap.
+LARGEST_SOFTCAP = 1000.0
+
+
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     """Every reason why the Triton kernels cannot run ``problem``; an empty list says that they can.
 
@@ -23,6 +27,11 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.paged and problem.needs_grad:
         reasons.append("keys and values in pages (block_table) have no gradients")
+    if problem.softcap > LARGEST_SOFTCAP:
+        reasons.append(
+            f"softcap must be at most {LARGEST_SOFTCAP}, since its rounding error grows with it, "
+            f"got {problem.softcap}"
+        )
     return tensor_reasons(problem.dtype, problem.device) + reasons
 
 

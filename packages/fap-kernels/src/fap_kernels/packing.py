@@ -159,8 +159,10 @@ def check_length(name: str, value: Any) -> int:
         ValueError: below 0.
         TypeError: no integer.
     """
-    # torch.compile follows isinstance on symbolic numbers, but not operator.index.
-    length = value if isinstance(value, int) and not isinstance(value, bool) else _as_index(name, value)
+    # torch.compile follows isinstance on symbolic numbers, but not operator.index; torch.export takes what
+    # operator.index returns for a constant.
+    is_number = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    length = value if is_number else _as_index(name, value)
     if torch.compiler.is_compiling():
         # Of a number that the graph itself reads from a tensor nothing is known while it is traced.
         torch._check(length >= 0)

@@ -20,6 +20,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_probabilities",
+    "backward",
     "forward",
     "forward_with_state",
     "no_state",
@@ -81,7 +82,7 @@ def no_state(q: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.int64, device=q.device)
 
 
-def _backward(
+def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -99,6 +100,7 @@ def _backward(
     deterministic: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what ``fap::attention_backward`` does."""
     score = Score(softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p)
     state = rng_state if dropout_p else None
     return get_backend(backend).backward(dout, q, k, v, out, softmax_lse, dlse, state, score, deterministic)
@@ -123,7 +125,7 @@ def _probabilities(
 
 for _name, _implementation in (
     ("attention_forward", forward_with_state),
-    ("attention_backward", _backward),
+    ("attention_backward", backward),
     ("attention_probabilities", _probabilities),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -193,7 +195,7 @@ def _differentiate(
     if dout is None:
         dout = torch.zeros_like(out)
     tensors = dout, q, k, v, out, softmax_lse, dlse, rng_state, alibi_slopes
-    gradients = _dispatch.call_backward(attention_backward, _backward, tensors, (*tensors, *ctx.options))
+    gradients = _dispatch.call_backward(attention_backward, backward, tensors, (*tensors, *ctx.options))
     return (*gradients, *(None,) * 8)
 
 

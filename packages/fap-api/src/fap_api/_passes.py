@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fap_api import _ops, _varlen_ops
+from fap_api import _dispatch, _ops, _varlen_ops
 from fap_api.backends import select
 from fap_kernels.packing import Packing
 from fap_kernels.problem import AttentionProblem
@@ -61,10 +61,13 @@ def forward_pass(
     )
     if problem.paged and needs_grad:
         raise RuntimeError(_varlen_ops.PAGES_HAVE_NO_GRADIENT)
-    operator: Any = _ops.attention_forward if sequences is None else _varlen_ops.attention_varlen_forward
+    operator: Any = _ops.attention_forward
+    function: Any = _ops.forward_with_state
+    if sequences is not None:
+        operator, function = _varlen_ops.attention_varlen_forward, _varlen_ops.forward_with_state
     score, backend = (alibi_slopes, *_score(problem)), select.choose(problem)
-    with torch._C._AutoDispatchBelowAutograd():
-        out, softmax_lse, rng_state = operator(q, k, v, *(sequences or ()), *score, False, backend)
+    arguments = (q, k, v, *(sequences or ()), *score, False, backend)
+    out, softmax_lse, rng_state = _dispatch.call(operator, function, _tensors(arguments), arguments)
     return out, softmax_lse, rng_state
 
 
@@ -107,13 +110,16 @@ def backward_pass(
     )
     if problem.paged:
         raise RuntimeError(_varlen_ops.PAGES_HAVE_NO_GRADIENT)
-    operator: Any = _ops.attention_backward if sequences is None else _varlen_ops.attention_varlen_backward
+    operator: Any = _ops.attention_backward
+    function: Any = _ops.backward
+    if sequences is not None:
+        operator, function = _varlen_ops.attention_varlen_backward, _varlen_ops.backward
     saved = q, k, v, out, softmax_lse, None, rng_state
     # All but the table of pages, which have no gradient.
     places = () if sequences is None else sequences[:-1]
     score, backend = (alibi_slopes, *_score(problem)), select.choose(problem)
-    with torch._C._AutoDispatchBelowAutograd():
-        dq, dk, dv = operator(dout, *saved, *places, *score, problem.deterministic, backend)
+    arguments = (dout, *saved, *places, *score, problem.deterministic, backend)
+    dq, dk, dv = _dispatch.call(operator, function, _tensors(arguments), arguments)
     return dq, dk, dv
 
 
@@ -150,6 +156,10 @@ def probabilities_pass(
     with torch._C._AutoDispatchBelowAutograd():
         s_dmask: torch.Tensor = operator(q, k, softmax_lse, rng_state, *(sequences or ()), *score, backend)
     return s_dmask
+
+
+def _tensors(arguments: Sequence[Any]) -> list[torch.Tensor]:
+    return [x for x in arguments if isinstance(x, torch.Tensor)]
 
 
 def _describe(

@@ -22,6 +22,7 @@ __all__ = [
     "attention_varlen_backward",
     "attention_varlen_forward",
     "attention_varlen_probabilities",
+    "backward",
     "forward",
     "forward_with_state",
     "record_forward",
@@ -89,7 +90,7 @@ def forward_with_state(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch
     return out, lse, no_state(q) if rng_state is None else rng_state
 
 
-def _backward(
+def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -100,6 +101,7 @@ def _backward(
     rng_state: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Do what ``fap::attention_varlen_backward`` does."""
     packing, (slopes, *options, deterministic, backend) = _packing(k, *rest[:6]), rest[6:]
     score = _score(slopes, *options)
     state = rng_state if score.dropout_p else None
@@ -124,7 +126,7 @@ def _score(
 
 for _name, _implementation in (
     ("attention_varlen_forward", forward_with_state),
-    ("attention_varlen_backward", _backward),
+    ("attention_varlen_backward", backward),
     ("attention_varlen_probabilities", _probabilities),
 ):
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -199,7 +201,7 @@ def _differentiate(
     places = bounds_q, bounds_k, *ctx.longest, used_q, used_k
     gradients = _dispatch.call_backward(
         attention_varlen_backward,
-        _backward,
+        backward,
         (*tensors, bounds_q, bounds_k, used_q, used_k, slopes),
         (*tensors, *places, slopes, *ctx.options),
     )

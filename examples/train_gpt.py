@@ -3,8 +3,8 @@
     python examples/train_gpt.py --compile --checkpoint --autocast --export
     torchrun --nproc-per-node 2 examples/train_gpt.py --checkpoint   # FSDP2
 
-Its exit status is 1 where the loss has not halved, where attention ran more than once a layer and step, or
-where the exported model computes something else.
+Its exit status is 1 where the loss has not halved, where attention ran more than once a layer and step or in
+another dtype, where the exported model computes something else, or where a process keeps more than its part.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
     run: Any = torch.compile(model, fullgraph=True, backend=options.backend) if options.compile else model
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.autocast)
+    dtype = torch.bfloat16 if options.autocast else torch.float32
     losses = fit(run, data, options.steps, autocast)
     print(f"Loss from {losses[0]:.2f} to {losses[-1]:.2f}")
     held = losses[-1] < losses[0] / 2
-    held &= attends_once_a_layer(model, data[None, :CONTEXT])
+    held &= attends_once_a_layer(model, data[None, :CONTEXT], autocast, dtype)
     if options.export:
         held &= survives_export(model, data)
     if sharded:
+        held &= keeps_its_part(model)
         dist.destroy_process_group()
     return 0 if held else 1
 
@@ -96,25 +98,34 @@ def _policy(_context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolic
 _keep_attention = partial(create_selective_checkpoint_contexts, _policy)
 
 
-class CountAttention(TorchDispatchMode):
-    """Counts forward passes of attention."""
+class WatchAttention(TorchDispatchMode):
+    """Notes the dtype of each forward pass of attention."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count the operator if it is attention's, and run it."""
-        self.count += func is torch.ops.fap.attention_forward.default
+        """Note the operator if it is attention's, and run it."""
+        if func is torch.ops.fap.attention_forward.default:
+            self.dtypes.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
-def attends_once_a_layer(model: TinyModel, characters: torch.Tensor) -> bool:
-    """Run one step forward and backward; return whether no layer ran attention's forward twice."""
-    with CountAttention() as counter:  # type: ignore[no-untyped-call]
-        model(characters).sum().backward()
-    print(f"Attention's forward ran {counter.count} times in one step of {len(model.blocks)} layers")
-    return bool(counter.count == len(model.blocks))
+def attends_once_a_layer(
+    model: TinyModel, characters: torch.Tensor, autocast: torch.autocast, dtype: torch.dtype
+) -> bool:
+    """Run one step; return whether each layer ran attention's forward once, in ``dtype``."""
+    with WatchAttention() as watch:
+        with autocast:
+            loss = model(characters).sum()
+        loss.backward()
+    names = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in watch.dtypes}))
+    count, layers = len(watch.dtypes), len(model.blocks)
+    print(f"Attention's forward ran {count} times in one step of {layers} layers, in {names}")
+    return bool(watch.dtypes == [dtype] * layers)
 
 
 def survives_export(model: TinyModel, data: torch.Tensor) -> bool:
@@ -151,6 +162,16 @@ def shard(model: TinyModel) -> None:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def keeps_its_part(model: nn.Module) -> bool:
+    """Return whether this process keeps no more of any parameter than an even share, rounded up."""
+    n = dist.get_world_size()
+    parameters: Any = model.parameters()  # DTensors since `shard`
+    parts = [(parameter.to_local(), parameter) for parameter in parameters]
+    kept = sum(part.numel() for part, _ in parts)
+    print(f"This process keeps {kept} of {sum(whole.numel() for _, whole in parts)} parameters")
+    return all(part.shape[0] <= -(-whole.shape[0] // n) for part, whole in parts)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import torch
 from ahead_of_time import Compiled, compile_launch, specialize
 
 from fap_kernels import target as targets
-from fap_kernels.backward.config import DKDV, DQ
-from fap_kernels.backward.launch import BackwardInputs, padded_rows, plan_delta, plan_dkdv, plan_dq
+from fap_kernels.backward.config import DKDV, DQ, padded_rows
+from fap_kernels.backward.launch import BackwardInputs, plan_delta, plan_dkdv, plan_dq
 from fap_kernels.cache import Cache
 from fap_kernels.config import Row, choose
 from fap_kernels.decode.config import DECODE, DECODE_MANY

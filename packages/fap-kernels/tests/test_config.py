@@ -48,7 +48,7 @@ def test_every_row_is_reached(table: tuple[Row, ...]) -> None:
 
 
 def test_tiles_divide_what_the_vectors_are_padded_to() -> None:
-    from fap_kernels.backward.launch import ROW_PADDING
+    from fap_kernels.backward.config import ROW_PADDING
 
     for table in (DKDV, DQ):
         assert all(ROW_PADDING % row.config.block_m == 0 for row in table)

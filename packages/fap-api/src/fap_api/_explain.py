@@ -168,4 +168,5 @@ def _schedule(backend: str, problem: AttentionProblem) -> str | None:
         return None
     from fap_kernels import explain_schedule
 
-    return explain_schedule(problem)
+    forward = explain_schedule(problem)
+    return f"{forward}; {explain_schedule(problem, backward=True)}" if problem.needs_grad else forward

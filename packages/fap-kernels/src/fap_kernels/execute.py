@@ -76,8 +76,9 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk and dv. Packed tensors come, and go, as one batch entry."""
     require_supported(problem)
-    from .backward.launch import BackwardInputs, padded_rows, plan_delta, plan_dkdv, plan_dq
-    from .target import target_of
+    from .backward.config import padded_rows
+    from .backward.launch import BackwardInputs
+    from .schedule import plan_backward_by_schedule
 
     rng_state = check_rng_state(problem, rng_state, draw=False)
     q, k, v, out, dout = unit_last_stride(q, k, v, out, dout)
@@ -93,17 +94,13 @@ def backward(
     shape = (q.shape[0], problem.nheads, rows)
     lse, delta = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     inputs = BackwardInputs(q, k, v, dout, lse, delta, alibi_slopes, rng_state, packing)
-    target = target_of(q.device)
-    launches = (
-        plan_delta(
-            problem, out, softmax_lse.contiguous(), None if dlse is None else dlse.contiguous(), inputs
-        ),
-        plan_dkdv(problem, target, inputs, dk, dv),
-        plan_dq(problem, target, inputs, dq),
+    dlse = None if dlse is None else dlse.contiguous()
+    launches, workspaces = plan_backward_by_schedule(
+        problem, inputs, out, softmax_lse.contiguous(), dlse, dq, dk, dv
     )
     compiled = [launch.run(q.device) for launch in launches]
     if keep is not None:
-        made = {"dq": dq, "dk": dk, "dv": dv, "lse": lse, "delta": delta}
+        made = {"dq": dq, "dk": dk, "dv": dv, "lse": lse, "delta": delta, **workspaces}
         keep(list(zip(launches, compiled, strict=True)), made)
     return dq, dk, dv
 

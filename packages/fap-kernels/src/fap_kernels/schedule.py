@@ -11,11 +11,19 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .backward.launch import BackwardInputs
     from .launch import Launch
     from .packing import Packing
     from .problem import AttentionProblem
+    from .target import Target
 
-__all__ = ["explain_schedule", "explicit_schedule", "plan_forward_by_schedule", "use_schedule"]
+__all__ = [
+    "explain_schedule",
+    "explicit_schedule",
+    "plan_backward_by_schedule",
+    "plan_forward_by_schedule",
+    "use_schedule",
+]
 
 _NAMES = ("hopper", "portable")
 _explicit: str | None = None
@@ -29,7 +37,7 @@ class use_schedule:  # noqa: N801 - read and used as a function
 
     Args:
         name: "portable" for the kernels in plain Triton, which run everything; "hopper" for those in Gluon
-            for sm_90, of which there is a forward pass; None goes back to the best one that applies.
+            for sm_90, which do not run everything; None goes back to the best one that applies.
 
     Raises:
         ValueError: there is no schedule of that name.
@@ -57,24 +65,24 @@ def explicit_schedule() -> str | None:
     return _explicit
 
 
-def explain_schedule(problem: AttentionProblem) -> str:
-    """Which schedule computes the forward pass of a call, and why no other, as a sentence.
+def explain_schedule(problem: AttentionProblem, *, backward: bool = False) -> str:
+    """Which schedule computes the forward, or the backward, pass of a call, and why no other, as a sentence.
 
-    What only the tensors themselves tell is left out: the Hopper schedule also needs addresses and strides
+    What only the tensors themselves tell is left out: the Hopper schedules also need addresses and strides
     that are multiples of 16 bytes.
     """
-    from .hopper.conditions import forward_reasons_against
     from .target import target_of
 
     target = target_of(problem.device)
+    name = "backward" if backward else "forward"
     if _explicit == "portable":
-        return "the portable forward, chosen by use_schedule"
-    reasons = forward_reasons_against(problem, target)
+        return f"the portable {name}, chosen by use_schedule"
+    reasons = _reasons_against_hopper(problem, target, backward)
     if not reasons:
-        return "the Hopper forward"
+        return f"the Hopper {name}"
     if target.family != "sm_90":
-        return f"the portable forward ({target.family})"
-    return f"the portable forward, since the Hopper one does not take this call: {'; '.join(reasons)}"
+        return f"the portable {name} ({target.family})"
+    return f"the portable {name}, since the Hopper one does not take this call: {'; '.join(reasons)}"
 
 
 def plan_forward_by_schedule(
@@ -93,25 +101,82 @@ def plan_forward_by_schedule(
     Raises:
         RuntimeError: an explicitly chosen schedule does not compute this call.
     """
-    from .hopper.conditions import forward_reasons_against
     from .target import processors_of, target_of
 
     target = target_of(q.device)
-    if _explicit != "portable":
-        reasons = forward_reasons_against(problem, target)
-        if not reasons and not descriptors_fit(target, q, k, v):
-            reasons = ["it needs addresses and strides that are multiples of 16 bytes, and none of them 0"]
-        if not reasons:
-            from .hopper.launch import plan_hopper_forward
+    if _hopper_computes(problem, target, (q, k, v), backward=False):
+        from .hopper.launch import plan_hopper_forward
 
-            return plan_hopper_forward(
-                problem, processors_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, packing
-            )
-        if _explicit == "hopper":
-            raise RuntimeError(
-                "the schedule 'hopper' was chosen by use_schedule and does not compute this call: "
-                + "; ".join(reasons)
-            )
+        return plan_hopper_forward(
+            problem, processors_of(q.device), q, k, v, out, softmax_lse, alibi_slopes, packing
+        )
     from .forward.launch import plan_forward
 
     return [plan_forward(problem, target, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing)]
+
+
+def plan_backward_by_schedule(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> tuple[list[Launch], dict[str, torch.Tensor]]:
+    """The launches that fill ``dq``, ``dk`` and ``dv``, by the schedule for the call.
+
+    Args:
+        inputs: its ``lse`` and ``delta`` are filled as well.
+        out, softmax_lse, dlse: of the forward pass; the vectors contiguous.
+
+    Returns:
+        The launches, and the memory that they need besides, by the name that kernels take it by.
+
+    Raises:
+        RuntimeError: an explicitly chosen schedule does not compute this call.
+    """
+    from .backward.launch import plan_delta, plan_dkdv, plan_dq
+    from .target import target_of
+
+    target = target_of(inputs.q.device)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.dout)
+    if _hopper_computes(problem, target, tensors, backward=True):
+        from .hopper.backward_launch import empty_dq_acc, plan_hopper_backward, plan_query_grads
+
+        dq_acc = empty_dq_acc(problem, inputs)
+        return [
+            plan_delta(problem, out, softmax_lse, dlse, inputs, dq_acc),
+            plan_hopper_backward(problem, inputs, dq_acc, dk, dv),
+            plan_query_grads(problem, inputs, dq_acc, dq),
+        ], {"dq_acc": dq_acc}
+    return [
+        plan_delta(problem, out, softmax_lse, dlse, inputs),
+        plan_dkdv(problem, target, inputs, dk, dv),
+        plan_dq(problem, target, inputs, dq),
+    ], {}
+
+
+def _hopper_computes(
+    problem: AttentionProblem, target: Target, fetched: tuple[torch.Tensor, ...], *, backward: bool
+) -> bool:
+    """Whether the Hopper schedule is to compute a call, of which it would fetch these tensors."""
+    if _explicit == "portable":
+        return False
+    reasons = _reasons_against_hopper(problem, target, backward)
+    if not reasons and not descriptors_fit(target, *fetched):
+        reasons = ["it needs addresses and strides that are multiples of 16 bytes, and none of them 0"]
+    if reasons and _explicit == "hopper":
+        raise RuntimeError(
+            "the schedule 'hopper' was chosen by use_schedule and does not compute this call: "
+            + "; ".join(reasons)
+        )
+    return not reasons
+
+
+def _reasons_against_hopper(problem: AttentionProblem, target: Target, backward: bool) -> list[str]:
+    from .hopper.conditions import backward_reasons_against, forward_reasons_against
+
+    against = backward_reasons_against if backward else forward_reasons_against
+    return against(problem, target)

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from ..config import Row, TileConfig
 
-__all__ = ["DELTA", "DKDV", "DQ"]
+__all__ = ["DELTA", "DKDV", "DQ", "ROW_PADDING", "padded_rows"]
+
+ROW_PADDING = 128
+"""The vectors of one number a query row are padded to a multiple of this, the largest BLOCK_M."""
+
+
+def padded_rows(rows: int, entries: int = 0) -> int:
+    """Length of a vector of one number a query row.
+
+    Args:
+        rows: queries of each batch entry, or of all packed ones together.
+        entries: how many entries are packed; each may need one padding of its own.
+    """
+    return -(-rows // ROW_PADDING) * ROW_PADDING + entries * ROW_PADDING
+
 
 # Reads out and dout once: any size that keeps the memory busy.
 DELTA = TileConfig(64, 64, 4, 1)

@@ -13,11 +13,11 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
-    softmax_lse, lse_rows, dlse, lse, delta,
+    softmax_lse, lse_rows, dlse, lse, delta, dq_acc,
     cu_seqlens_q, seqused_q,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
-    BLOCK_M: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr, PADDING: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write ``lse`` and ``delta``, float32 ``(batch, nheads, rows_padded)``; batch is 1 where packed.
 
@@ -28,6 +28,9 @@ def attention_delta_kernel(
     Each entry's rows are padded to a multiple of ``PADDING``, and so of every tile, with an LSE of +inf
     that makes their weights 0: the kernels that sweep queries then load these vectors without a mask,
     and with aligned addresses.
+
+    ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
+    that follows adds dQ up, that costs no pass of its own here.
     """
     batch, head, first = tiles.place(nheads, rows_swept, BLOCK_M, False)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
@@ -51,3 +54,8 @@ def attention_delta_kernel(
     padded_row = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + row
     tl.store(lse + padded_row, row_lse * LOG2E)
     tl.store(delta + padded_row, row_delta)
+    if dq_acc is not None:
+        column = tl.arange(0, WIDTH)
+        tl.store(
+            dq_acc + padded_row[:, None] * WIDTH + column[None, :], tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        )

@@ -14,7 +14,7 @@ from ..launch import (
     row_arguments,
     strides_of,
 )
-from .config import DELTA, DKDV, DQ
+from .config import DELTA, DKDV, DQ, ROW_PADDING, padded_rows
 from .delta import attention_delta_kernel
 from .dkdv import attention_dkdv_kernel
 from .dq import attention_dq_kernel
@@ -27,20 +27,7 @@ if TYPE_CHECKING:
     from ..problem import AttentionProblem
     from ..target import Target
 
-__all__ = ["ROW_PADDING", "BackwardInputs", "padded_rows", "plan_delta", "plan_dkdv", "plan_dq"]
-
-ROW_PADDING = 128
-"""The vectors of one number a query row are padded to a multiple of this, the largest BLOCK_M."""
-
-
-def padded_rows(rows: int, entries: int = 0) -> int:
-    """Length of a vector of one number a query row.
-
-    Args:
-        rows: queries of each batch entry, or of all packed ones together.
-        entries: how many entries are packed; each may need one padding of its own.
-    """
-    return -(-rows // ROW_PADDING) * ROW_PADDING + entries * ROW_PADDING
+__all__ = ["BackwardInputs", "plan_delta", "plan_dkdv", "plan_dq"]
 
 
 class BackwardInputs(NamedTuple):
@@ -70,8 +57,13 @@ def plan_delta(
     softmax_lse: torch.Tensor,
     dlse: torch.Tensor | None,
     inputs: BackwardInputs,
+    dq_acc: torch.Tensor | None = None,
 ) -> Launch:
-    """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors."""
+    """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors.
+
+    Args:
+        dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
+    """
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
     packing = packing_arguments(inputs.packing)
@@ -88,6 +80,7 @@ def plan_delta(
             "dlse": dlse,
             "lse": inputs.lse,
             "delta": inputs.delta,
+            "dq_acc": dq_acc,
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
             "rows_swept": rows_swept,
@@ -97,6 +90,7 @@ def plan_delta(
             **part_arguments(problem.head_dim),
             "BLOCK_M": config.block_m,
             "PADDING": ROW_PADDING,
+            "WIDTH": 0 if dq_acc is None else dq_acc.shape[3],
         },
         num_warps=config.num_warps,
     )

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["tma_load", "tma_store"]
+__all__ = ["tma_add", "tma_load", "tma_store"]
 
 # Triton 3.9 renamed both, and keeps the old names only to say so.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@builtin
+def _tma_add(descriptor: Any, coordinates: Any, tile: Any, _semantic: Any = None) -> None:
+    """Add a tile of shared memory to memory, in no fixed order among those that add there."""
+    from triton._C.libtriton import ir
+
+    coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, coordinates, tile.handle)
+
+
+# Up to Triton 3.7 the compiler has it, but Gluon does not offer it.
+tma_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_add

@@ -7,22 +7,52 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .config import choose
+from ..backward.config import padded_rows
+from .config import BACKWARD, FORWARD, choose
 
 if TYPE_CHECKING:
     from ..problem import AttentionProblem
     from ..target import Target
 
-__all__ = ["forward_reasons_against"]
+__all__ = ["backward_reasons_against", "forward_reasons_against"]
 
 FEWEST_QUERIES = 65
 """Fewer fill no second warpgroup."""
+
+
+MOST_NUMBERS = 2**31
+"""Of a vector of one number a query row: the TMA unit counts in 32 bits."""
 
 
 def forward_reasons_against(problem: AttentionProblem, target: Target) -> list[str]:
     """Every reason why the Hopper forward does not compute ``problem``, its tensors' addresses aside."""
     if target.family != "sm_90":
         return [f"it is written for sm_90, got {target.family}"]
+    reasons = _reasons_against_both(problem)
+    if problem.seqlen_q < FEWEST_QUERIES:
+        reasons.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
+    row = choose(FORWARD, problem)
+    if row.config is None:
+        reasons.append(row.why)
+    return reasons
+
+
+def backward_reasons_against(problem: AttentionProblem, target: Target) -> list[str]:
+    """Every reason why the Hopper backward does not compute ``problem``, its tensors' addresses aside."""
+    if target.family != "sm_90":
+        return [f"it is written for sm_90, got {target.family}"]
+    reasons = _reasons_against_both(problem)
+    if problem.deterministic:
+        reasons.append("it adds up dQ in no fixed order, and deterministic is True")
+    if problem.batch * problem.nheads * padded_rows(problem.seqlen_q, 1) >= MOST_NUMBERS:
+        reasons.append(f"batch * nheads * seqlen_q, padded, must stay below {MOST_NUMBERS}")
+    row = choose(BACKWARD, problem)
+    if row.config is None:
+        reasons.append(row.why)
+    return reasons
+
+
+def _reasons_against_both(problem: AttentionProblem) -> list[str]:
     reasons = []
     if not _gluon_is_here():
         reasons.append("it needs Triton 3.6 or later")
@@ -34,11 +64,6 @@ def forward_reasons_against(problem: AttentionProblem, target: Target) -> list[s
         reasons.append("it has neither pages nor a cache")
     if problem.head_dim % 8:
         reasons.append(f"head_dim must be a multiple of 8, got {problem.head_dim}")
-    if problem.seqlen_q < FEWEST_QUERIES:
-        reasons.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
-    row = choose(problem)
-    if row.config is None:
-        reasons.append(row.why)
     return reasons
 
 

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..problem import AttentionProblem
 
-__all__ = ["FORWARD", "REDO", "HopperConfig", "HopperRow", "RedoConfig", "choose"]
+__all__ = [
+    "BACKWARD",
+    "BACKWARD_64",
+    "BACKWARD_128",
+    "FORWARD",
+    "REDO",
+    "BackwardConfig",
+    "HopperConfig",
+    "HopperRow",
+    "RedoConfig",
+    "choose",
+]
 
 WARPGROUP_ROWS = 64
-"""Queries of one warpgroup."""
+"""Queries of one warpgroup of the forward, keys of one of the backward."""
+
+Config = TypeVar("Config")
 
 REGISTERS = 1 << 16
 """Of a multiprocessor."""
@@ -71,8 +86,28 @@ class HopperConfig:
         return REGISTERS // threads // 8 * 8  # they are handed out in eights
 
 
+@dataclass(frozen=True, slots=True)
+class BackwardConfig:
+    """Shape and resources of one program of the backward pass, which holds 128 keys.
+
+    Attributes:
+        width: columns of a tile, 64 or 128; what the head dimension lacks of it is filled with zeros.
+        block_m: queries in a tile. A warpgroup's half of a tile of dQ is 64 x 64, so 8192 / width.
+        stages: tiles of queries, and of the output's gradient, that are fetched ahead.
+    """
+
+    width: int
+    block_m: int
+    stages: int
+
+    @property
+    def block_n(self) -> int:
+        """Keys in a tile."""
+        return 2 * WARPGROUP_ROWS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HopperRow:
+class HopperRow(Generic[Config]):
     """One row of the table: which calls it is for, and why it holds what it holds.
 
     Attributes:
@@ -86,7 +121,7 @@ class HopperRow:
     """
 
     head_dim: int
-    config: HopperConfig | None
+    config: Config | None
     why: str
     bounded: bool | None = None
     plain: bool | None = None
@@ -127,7 +162,7 @@ _FLOWING = {"persistent": True, "overlap_tiles": True, "turns": True}
 
 # TFLOP/s against the portable kernel's and cuDNN's in the same run; H200, bf16, 16,384 tokens,
 # nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
-FORWARD = (
+FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     # What packing costs these schedules is not measured, so they take long sequences alone, on programs of
     # one tile: the hardware evens out what sequences of different lengths leave uneven.
     HopperRow(head_dim=64, packed=True, config=None, why="not measured"),
@@ -190,14 +225,32 @@ REDO = {
     256: RedoConfig(64, 32, 8, 2, 16),
 }
 
+BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2)
+BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
 
-def choose(problem: AttentionProblem) -> HopperRow:
+# A row is off, which hands its calls to the portable kernels, until a GPU has shown it right.
+_OPTIONS_ARE_ON = False
+_WIDTH_64_IS_ON = False
+_WIDTH_128_IS_ON = False
+
+# TFLOP/s of the main kernel against the portable backward's and cuDNN's in the same run; H100, bf16,
+# 16,384 tokens, nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
+BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
+    HopperRow(head_dim=128, plain=False, config=BACKWARD_128 if _OPTIONS_ARE_ON else None,
+              why="softcap and ALiBi need more registers: not measured"),
+    HopperRow(head_dim=64, config=BACKWARD_64 if _WIDTH_64_IS_ON else None, why="not measured"),
+    HopperRow(head_dim=128, config=BACKWARD_128 if _WIDTH_128_IS_ON else None, why="not measured"),
+    HopperRow(head_dim=256, config=None, why="dK and dV of 256 columns do not fit beside each other"),
+)  # fmt: skip
+
+
+def choose(table: Iterable[HopperRow[Config]], problem: AttentionProblem) -> HopperRow[Config]:
     """The first row that fits.
 
     Raises:
         LookupError: no row fits, which is a mistake in the table.
     """
-    for row in FORWARD:
+    for row in table:
         if row.fits(problem):
             return row
     raise LookupError(f"no configuration for {problem}")

@@ -12,7 +12,7 @@ from ..launch import (
     part_arguments,
     strides_of,
 )
-from .config import REDO, WARPGROUP_ROWS, HopperConfig, choose
+from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..packing import Packing
     from ..problem import AttentionProblem
 
-__all__ = ["plan_hopper_forward", "plan_redo"]
+__all__ = ["plan_hopper_forward", "plan_redo", "tile_descriptor"]
 
 
 def plan_hopper_forward(
@@ -45,7 +45,7 @@ def plan_hopper_forward(
     """
     from .forward import hopper_forward_kernel
 
-    config = config or choose(problem).config
+    config = config or choose(FORWARD, problem).config
     if config is None:
         raise LookupError(f"the table hands {problem} to the portable kernel")
     common = _common_arguments(problem, softmax_lse, alibi_slopes, packing)
@@ -57,10 +57,10 @@ def plan_hopper_forward(
         kernel=hopper_forward_kernel,
         programs=min(processors * config.beside, items) if config.persistent else items,
         arguments={
-            "q_part0": _descriptor(q, WARPGROUP_ROWS, config.width, packed),
-            "k_part0": _descriptor(k, config.block_n, config.width, packed),
-            "v_part0": _descriptor(v, config.block_n, config.width, packed),
-            "out_part0": _descriptor(out, WARPGROUP_ROWS, config.width, packed),
+            "q_part0": tile_descriptor(q, WARPGROUP_ROWS, config.width, packed),
+            "k_part0": tile_descriptor(k, config.block_n, config.width, packed),
+            "v_part0": tile_descriptor(v, config.block_n, config.width, packed),
+            "out_part0": tile_descriptor(out, WARPGROUP_ROWS, config.width, packed),
             **common,
             "items": items,
             "WIDTH": config.width,
@@ -136,7 +136,8 @@ def _common_arguments(
     }
 
 
-def _descriptor(x: torch.Tensor, rows: int, columns: int, packed: bool) -> Any:
+def tile_descriptor(x: torch.Tensor, rows: int, columns: int, packed: bool) -> Any:
+    """What fetches, or stores, tiles of ``(batch, seqlen, nheads, head_dim)``."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

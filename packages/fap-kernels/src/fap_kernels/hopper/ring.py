@@ -56,6 +56,39 @@ def fill(ring, stage, phase, rows, head, first):
     tma_load(rows.part0, coordinates, ring.full.index(stage), ring.tiles.index(stage))
 
 
+class NumberedTiles(NamedTuple):
+    """Tiles of rows beside a number for each row; they are given back by other means, so without ``empty``.
+
+    Fields:
+        tiles, full: as in :class:`Ring`.
+        numbers: shared memory, a float32 vector a stage.
+    """
+
+    tiles: Any
+    numbers: Any
+    full: Any
+
+
+@gluon.jit
+def make_numbered_tiles(like, vector, STAGES: gl.constexpr):
+    """Room for ``STAGES`` blocks of the descriptor ``like``, and of the descriptor ``vector``."""
+    tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
+    numbers = gl.allocate_shared_memory(vector.dtype, [STAGES] + vector.block_shape, vector.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+    return NumberedTiles(tiles, numbers, full)
+
+
+@gluon.jit
+def fill_numbered(numbered, stage, rows, head, first, vector, position):
+    """Fetch a tile of rows and its numbers, from ``position`` of the vector on, into a stage that is free."""
+    full = numbered.full.index(stage)
+    mbarrier.expect(full, rows.part0.block_type.nbytes + vector.block_type.nbytes)
+    tma_load(rows.part0, coordinates_of(rows, head, first), full, numbered.tiles.index(stage))
+    tma_load(vector, [position], full, numbered.numbers.index(stage))
+
+
 @gluon.jit
 def drain(tile, rows, head, first):
     """Write a tile of shared memory to those rows from ``first`` on that exist."""

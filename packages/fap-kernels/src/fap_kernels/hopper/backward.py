@@ -1,0 +1,323 @@
+"""The backward pass on Hopper: one warp fetches, two warpgroups hold 64 keys each and sweep the queries.
+
+All is held transposed, keys by queries, so that P and dS go from registers into the products that dV and dK
+are made of. dQ is made of all keys: the two warpgroups exchange dS through shared memory, each computes half
+of the tile's dQ, and adds it to memory, in float32.
+
+    fetcher      K  Q0     V  dO0      Q1 dO1     Q2 dO2 ...      a stage is fetched again once
+                 |  |      |  |        |  |                       both warpgroups have given it back
+    warpgroup    ┌ S=KQ0 ──┘──┘        |  |    asynchronous
+                 └ dP=V dO0, -delta    |  |    asynchronous       starts at -delta, so that it is dP-delta
+                 P=exp(S-LSE)          |  |    beside dP
+                 ┌ dV+=P dO0           |  |    asynchronous
+                 │ dS=P dP             |  |    beside dV
+                 │ dS to the exchange, wait until the other one's is there
+                 │ ┌ dQ=dS^T K         |  |    asynchronous
+                 │ │ ┌ dK+=dS Q0       |  |    asynchronous
+                 └─│─│ give dO0 back   |  |
+                   └─│ dQ to staging, and from there to memory
+                     └ give Q0 back    |  |
+                 S=KQ1 ────────────────┘  |
+                 ...
+                 dV, dK * softmax_scale through the tiles of V and K to memory
+
+The exchange has two slots. A warpgroup writes a slot again two steps later; the other one has then come to
+the meeting of the step between, and so has retired the dQ that it read the slot for. Staging is a warpgroup's
+own: before it writes there again it waits for what it sent from there, at the meeting of the next step.
+
+dQ is summed up by the memory system, in no fixed order; ``fap_kernels.hopper.query_grads`` brings it to its
+place. Its tiles lie in memory as the registers hold them, 16 bytes a thread, since a sum does not mind.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..backward.step import products_grad, recompute_weights
+from ..language import masks, rows, scores
+from ..launch import UNSPECIALIZED
+from . import backward_work, barriers, ring, softmax, work
+from .compat import tma_add, tma_load
+
+ROWS = softmax.ROWS
+THREADS = gl.constexpr(256)
+"""Of the two warpgroups together."""
+WITH_FETCHER = gl.constexpr(288)
+"""Of all."""
+
+
+class Operands(NamedTuple):
+    """What the warps of a program share.
+
+    Fields:
+        call, score: what to compute.
+        alibi_stride: from one batch entry's ALiBi slopes to the next one's.
+        queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with delta.
+        k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
+            its rows. Its gradients leave through here.
+        exchange: dS of two steps, keys by queries.
+        staging: a tile of dQ for each warpgroup, as registers hold it.
+        dk, dv, dq_acc: descriptors of the results.
+        rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
+    """
+
+    call: Any
+    score: Any
+    alibi_stride: Any
+    queries: Any
+    douts: Any
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    exchange: Any
+    staging: Any
+    dk: Any
+    dv: Any
+    dq_acc: Any
+    rows_padded: Any
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def hopper_backward_kernel(
+    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
+    rows_padded, alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
+):  # fmt: skip
+    """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
+
+    Grid: (batch, key head, key tile), the tile fastest.
+    """
+    call = work.Call(
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, nheads, group, seqlen_q, seqlen_k,
+        window_left, window_right, items,
+    )  # fmt: skip
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
+    gl.static_assert(STAGES <= 3, "there are no more barriers")
+    queries = ring.make_numbered_tiles(q_part0, lse_part0, STAGES)
+    douts = ring.make_numbered_tiles(dout_part0, delta_part0, STAGES)
+    k = gl.allocate_shared_memory(k_part0.dtype, k_part0.block_shape, k_part0.layout)
+    v = gl.allocate_shared_memory(v_part0.dtype, v_part0.block_shape, v_part0.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    exchange = gl.allocate_shared_memory(dk_part0.dtype, [2, BLOCK_N, BLOCK_M], SWIZZLED)
+    staging = gl.allocate_shared_memory(gl.float32, [2] + dq_acc_part0.block_shape, dq_acc_part0.layout)
+    fence_async_shared()
+    operands = Operands(
+        call, score, alibi_stride, queries, douts, k, v, k_full, v_full, exchange, staging,
+        dk_part0, dv_part0, dq_acc_part0, rows_padded,
+    )  # fmt: skip
+    parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
+    # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
+    gl.warp_specialize(
+        [
+            (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@gluon.jit
+def _fetch(
+    operands, parts, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr,
+):  # fmt: skip
+    """Fetch the key tile, and fill the rings in the order in which the warpgroups empty them."""
+    call = operands.call
+    tile = backward_work.key_tile_of(call, gl.program_id(0), BLOCK_N)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    q_packed = tile.q_start if call.cu_seqlens_q is not None else None
+    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
+    q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
+    k_rows = rows.Rows(None, None, parts[1], None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    v_rows = rows.Rows(None, None, parts[2], None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    dout_rows = rows.Rows(None, None, parts[3], None, tile.q_batch, q_packed, tile.seqlen_q, None)
+    for step in range(call.group * sweep.count):
+        member, number = step // sweep.count, step % sweep.count
+        stage = step % STAGES
+        head = tile.head_k * call.group + member
+        first_query = sweep.start + number * BLOCK_M
+        position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
+        if step == 0:
+            _fetch_once(operands.k_full, operands.k, k_rows, tile)
+        if step >= STAGES:
+            barriers.meet(barriers.QUERIES_FREE + stage, WITH_FETCHER)
+        ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
+        if step == 0:
+            _fetch_once(operands.v_full, operands.v, v_rows, tile)
+        if step >= STAGES:
+            barriers.meet(barriers.DOUTS_FREE + stage, WITH_FETCHER)
+        ring.fill_numbered(operands.douts, stage, dout_rows, head, first_query, parts[5], position)
+
+
+@gluon.jit
+def _fetch_once(full, place, rows, tile):
+    mbarrier.expect(full, rows.part0.block_type.nbytes)
+    tma_load(rows.part0, ring.coordinates_of(rows, tile.head_k, tile.first_key), full, place)
+
+
+@gluon.jit
+def _multiply(
+    WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PADDING: gl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    call = operands.call
+    tile = backward_work.key_tile_of(call, gl.program_id(0), BLOCK_N)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
+    mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
+    for member in range(call.group):
+        for number in range(sweep.leading):
+            dk, dv = _step(
+                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                PADDING, True,
+            )  # fmt: skip
+        for number in range(sweep.leading, sweep.unmasked_end):
+            dk, dv = _step(
+                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                PADDING, False,
+            )  # fmt: skip
+        if call.window_left is not None:
+            for number in range(sweep.unmasked_end, sweep.count):
+                dk, dv = _step(
+                    WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                    PADDING, True,
+                )  # fmt: skip
+    # Both have retired all their products: the tiles are no longer needed.
+    barriers.meet(barriers.EXCHANGE, THREADS)
+    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
+    dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    _store(operands.v, WARPGROUP, dv, dv_rows, tile, WIDTH, BLOCK_N)
+    _store(operands.k, WARPGROUP, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_N)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _step(
+    WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, dk, dv,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Take in query tile ``number`` of a head, the ``member``-th of its group; see the module's docstring."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    queries, douts = operands.queries, operands.douts
+    call = operands.call
+    step = member * sweep.count + number
+    stage, phase = step % STAGES, step // STAGES & 1
+    head = tile.head_k * call.group + member
+    first_query = sweep.start + number * BLOCK_M
+    all_keys = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    k = all_keys.slice(WARPGROUP * ROWS, ROWS, 0)
+    v = ring.matrix(operands.v, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
+    dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
+
+    # The vectors are loaded before the first product starts, or the assembler waits for it at once (C7517).
+    mbarrier.wait(queries.full.index(stage), phase)
+    row_lse = queries.numbers.index(stage).load(COLUMN)
+    mbarrier.wait(douts.full.index(stage), phase)
+    less_delta = zeros - douts.numbers.index(stage).load(COLUMN)[None, :]
+    s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    if MASKED:  # a mask needs the registers in which the products would wait for each other
+        s = warpgroup_mma_wait(0, [s])
+    dp = warpgroup_mma(v, dout.permute([1, 0]), less_delta, is_async=True)
+    if not MASKED:
+        s = warpgroup_mma_wait(1, [s])
+
+    first_key = tile.first_key + WARPGROUP * ROWS
+    query = first_query + gl.arange(0, BLOCK_M, COLUMN)[None, :]
+    key = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
+    slopes = operands.score.slopes
+    if slopes is not None:
+        slopes += tile.batch * operands.alibi_stride
+    score = scores.Scores(operands.score.scale, operands.score.folded_scale, operands.score.softcap, slopes)
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    weights = recompute_weights(head, s, row_lse[None, :], query, key, window, score, MASKED)
+    p = gl.convert_layout(weights.to(operands.dk.dtype), WEIGHTS, assert_trivial=True)
+    dv = warpgroup_mma(p, dout, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, [dp])
+    # dP holds delta already, and its products are those of S.
+    ds = products_grad(head, s, weights, dp, 0.0, query, key, score, None).to(operands.dk.dtype)
+
+    slot = operands.exchange.index(step % 2)
+    slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
+    fence_async_shared()
+    tma.store_wait(0)  # what the step before sent from staging
+    barriers.meet(barriers.EXCHANGE, THREADS)
+    no_dq = gl.zeros([ROWS, ROWS], gl.float32, HALF)
+    if BLOCK_M == ROWS:  # halves of the columns
+        half_dot = slot.permute([1, 0])
+        dq = warpgroup_mma(
+            half_dot, all_keys.slice(WARPGROUP * ROWS, ROWS, 1), no_dq, use_acc=False, is_async=True
+        )
+    else:  # halves of the queries
+        half_dot = slot.slice(WARPGROUP * ROWS, ROWS, 1).permute([1, 0])
+        dq = warpgroup_mma(half_dot, all_keys, no_dq, use_acc=False, is_async=True)
+    ds = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
+    dk = warpgroup_mma(ds, q, dk, is_async=True)
+    dv, p = warpgroup_mma_wait(2, [dv, p])
+    barriers.arrive(barriers.DOUTS_FREE + stage, WITH_FETCHER)
+    dq = warpgroup_mma_wait(1, [dq])
+    place = operands.staging.index(WARPGROUP)
+    place.store(_as_registers_hold_it(dq))
+    fence_async_shared()
+    position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
+    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
+    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0]
+    tma_add(operands.dq_acc, [position // (LINE // WIDTH) + WARPGROUP * HEIGHT, 0], place)
+    dk, ds = warpgroup_mma_wait(0, [dk, ds])
+    barriers.arrive(barriers.QUERIES_FREE + stage, WITH_FETCHER)
+    return dk, dv
+
+
+@gluon.jit
+def _as_registers_hold_it(dq):
+    """A 64 x 64 accumulator as ``(16, 256)``: each thread's numbers side by side, four at a time.
+
+    :func:`fap_kernels.hopper.query_grads.load_tile` reads it.
+    """
+    # Rows: warp, half, row of a quad. Columns: group of eight, lane of a quad, neighbour.
+    parts = dq.reshape([4, 2, 8, 8, 4, 2])
+    return parts.permute([3, 0, 2, 4, 1, 5]).reshape([16, 256])
+
+
+@gluon.jit
+def _store(
+    place_of_both, WARPGROUP: gl.constexpr, acc, rows, tile, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Round a warpgroup's accumulator and start its way to memory through its part of a key tile."""
+    ROW_DIMENSION: gl.constexpr = len(place_of_both.shape) - 2
+    place = place_of_both.slice(WARPGROUP * ROWS, ROWS, ROW_DIMENSION)
+    ring.matrix(place_of_both, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0).store(
+        acc.to(rows.part0.dtype)
+    )
+    fence_async_shared()
+    ring.drain(place, rows, tile.head_k, tile.first_key + WARPGROUP * ROWS)

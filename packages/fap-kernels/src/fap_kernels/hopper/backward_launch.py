@@ -1,0 +1,121 @@
+"""Plan the Hopper backward: tensors and options in, launches out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..backward.config import ROW_PADDING
+from ..launch import Launch, option_arguments, packing_arguments, strides_of
+from .config import BACKWARD, WARPGROUP_ROWS, BackwardConfig, choose
+from .launch import tile_descriptor
+from .query_grads import hopper_query_grads_kernel
+
+if TYPE_CHECKING:
+    from ..backward.launch import BackwardInputs
+    from ..problem import AttentionProblem
+
+__all__ = ["empty_dq_acc", "plan_hopper_backward", "plan_query_grads"]
+
+LINE = 256
+"""Numbers in a line of ``dq_acc`` as the TMA unit sees it, the most it takes; a 64 x 64 tile is 16 lines."""
+
+
+def empty_dq_acc(
+    problem: AttentionProblem, inputs: BackwardInputs, config: BackwardConfig | None = None
+) -> torch.Tensor:
+    """Memory to add dQ up in: float32 ``(batch, nheads, padded_rows(...), width)``."""
+    config = config or _configured(problem)
+    return torch.empty((*inputs.delta.shape, config.width), dtype=torch.float32, device=inputs.q.device)
+
+
+def plan_hopper_backward(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    dq_acc: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    config: BackwardConfig | None = None,
+) -> Launch:
+    """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
+
+    ``config`` overrides the table, here and in :func:`empty_dq_acc`.
+    """
+    from .backward import hopper_backward_kernel
+
+    config = config or _configured(problem)
+    items = problem.batch * problem.nheads_k * -(-problem.seqlen_k // config.block_n)
+    packed = problem.packed
+    options = option_arguments(problem, inputs.alibi_slopes, None)
+    dropout = ("rng_state", "keep_threshold", "keep_scale")
+    return Launch(
+        kernel=hopper_backward_kernel,
+        programs=items,
+        arguments={
+            "q_part0": tile_descriptor(inputs.q, config.block_m, config.width, packed),
+            "k_part0": tile_descriptor(inputs.k, config.block_n, config.width, packed),
+            "v_part0": tile_descriptor(inputs.v, config.block_n, config.width, packed),
+            "dout_part0": tile_descriptor(inputs.dout, config.block_m, config.width, packed),
+            "dk_part0": tile_descriptor(dk, WARPGROUP_ROWS, config.width, packed),
+            "dv_part0": tile_descriptor(dv, WARPGROUP_ROWS, config.width, packed),
+            "lse_part0": _plain_descriptor(inputs.lse, [config.block_m]),
+            "delta_part0": _plain_descriptor(inputs.delta, [config.block_m]),
+            "dq_acc_part0": _plain_descriptor(dq_acc, [WARPGROUP_ROWS**2 // LINE, LINE]),
+            "rows_padded": inputs.delta.shape[2],
+            **packing_arguments(inputs.packing),
+            "nheads": problem.nheads,
+            **{name: value for name, value in options.items() if name not in dropout},
+            "items": items,
+            "WIDTH": config.width,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.stages,
+            "PADDING": ROW_PADDING,
+        },
+        num_warps=4,
+    )
+
+
+def plan_query_grads(
+    problem: AttentionProblem, inputs: BackwardInputs, dq_acc: torch.Tensor, dq: torch.Tensor
+) -> Launch:
+    """The launch that fills ``dq`` from ``dq_acc``."""
+    packing = packing_arguments(inputs.packing)
+    return Launch(
+        kernel=hopper_query_grads_kernel,
+        programs=problem.batch * problem.nheads * -(-problem.seqlen_q // WARPGROUP_ROWS),
+        arguments={
+            "dq_acc": dq_acc,
+            "dq": dq,
+            "dq_strides": strides_of(dq),
+            "cu_seqlens_q": packing["cu_seqlens_q"],
+            "seqused_q": packing["seqused_q"],
+            "nheads": problem.nheads,
+            "seqlen_q": problem.seqlen_q,
+            "rows_padded": dq_acc.shape[2],
+            "softmax_scale": problem.softmax_scale,
+            "HEAD_DIM": problem.head_dim,
+            "WIDTH": dq_acc.shape[3],
+            "PADDING": ROW_PADDING,
+        },
+        num_warps=4,
+    )
+
+
+def _configured(problem: AttentionProblem) -> BackwardConfig:
+    config = choose(BACKWARD, problem).config
+    if config is None:
+        raise LookupError(f"the table hands {problem} to the portable kernels")
+    return config
+
+
+def _plain_descriptor(x: torch.Tensor, block: list[int]) -> Any:
+    """What moves blocks of a contiguous float32 tensor, seen as lines as long as a block's."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    shape = [x.numel()] if len(block) == 1 else [x.numel() // block[1], block[1]]
+    strides = [1] if len(block) == 1 else [block[1], 1]
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
+    return TensorDescriptor(x, shape, strides, block, layout)

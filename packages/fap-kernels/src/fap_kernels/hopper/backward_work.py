@@ -1,0 +1,90 @@
+"""What a program of the Hopper backward works on: one key tile, and the queries that see it.
+
+Plain ``@triton.jit`` without a launch of its own, so that the warp that fetches and the warpgroups that
+multiply find the same tiles in the same order without a word between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..language import masks, spans, tiles
+
+
+class KeyTile(NamedTuple):
+    """One key tile: whose it is, and where its sequence lies."""
+
+    batch: Any
+    head_k: Any
+    first_key: Any
+    q_batch: Any
+    q_start: Any
+    seqlen_q: Any
+    k_batch: Any
+    k_start: Any
+    seqlen_k: Any
+
+
+class Sweep(NamedTuple):
+    """The query tiles that a key tile visits, the same ones of each of the heads that share its key head.
+
+    Fields:
+        start: first query of the first tile.
+        leading: so many tiles from there on need a mask, because of ``window_right`` or the keys' end.
+        unmasked_end: those from there up to this one need none; all others do, because of ``window_left``.
+        count: how many tiles there are.
+    """
+
+    start: Any
+    leading: Any
+    unmasked_end: Any
+    count: Any
+
+
+@triton.jit
+def key_tile_of(call, index, BLOCK_N: tl.constexpr):
+    """Key tile number ``index``, the tile of a head being the fastest index.
+
+    Under a causal mask a head's first keys have the most work, and come first.
+    """
+    batch, head_k, first_key = tiles.place_of(index, call.nheads // call.group, call.seqlen_k, BLOCK_N, False)
+    q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
+    k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
+    return KeyTile(batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
+
+
+@triton.jit
+def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The query tiles that a key tile visits; none where the tile's keys do not exist."""
+    # Queries that do not exist need no mask: their LSE is +inf, which makes their weights 0.
+    OWN_END: tl.constexpr = call.window_left is None
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    visit = tiles.queries_to_visit(window, tile.first_key, BLOCK_N, BLOCK_M, OWN_END)
+    end = tl.where(tile.first_key < tile.seqlen_k, visit.end, 0)
+    # Keys that do not exist do need one. They are zeros, but exp(0 - LSE) of a row whose logits are all far
+    # below 0 is infinite, and infinity times zero would be added to dQ.
+    whole = tile.first_key + BLOCK_N <= tile.seqlen_k
+    inner = tl.where(whole, tl.minimum(visit.inner, end), end)
+    outer = tl.where(whole, tl.minimum(visit.outer, end), end)
+    return Sweep(
+        visit.start,
+        _tiles_in(visit.start, inner, BLOCK_M),
+        _tiles_in(visit.start, outer, BLOCK_M),
+        _tiles_in(visit.start, end, BLOCK_M),
+    )
+
+
+@triton.jit
+def _tiles_in(start, end, BLOCK_M: tl.constexpr):
+    return tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)
+
+
+@triton.jit
+def vector_position(call, tile, head, first_query, rows_padded, PADDING: tl.constexpr):
+    """Where a head's numbers from ``first_query`` on lie in the vectors of one number a query row."""
+    start = spans.padded_start(call.cu_seqlens_q, tile.q_start, tile.batch, PADDING)
+    return (tile.q_batch * call.nheads + head) * rows_padded + start + first_query

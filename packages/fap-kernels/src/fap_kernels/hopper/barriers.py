@@ -1,0 +1,49 @@
+"""Named barriers of the hardware, which Gluon does not offer, and who uses which.
+
+They are counted in threads and have no phases: a barrier is over once as many threads as are said have come,
+whether they wait or only say that they were there. Triton itself counts up from number 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+
+__all__ = ["DOUTS_FREE", "EXCHANGE", "FIRST_TURN", "QUERIES_FREE", "arrive", "meet"]
+
+FIRST_TURN = gl.constexpr(12)
+"""Forward: the first of as many barriers as there are warpgroups that take turns."""
+
+EXCHANGE = gl.constexpr(8)
+"""Backward: the two warpgroups have written what each reads of the other."""
+
+QUERIES_FREE = gl.constexpr(9)
+"""Backward: the first of one for each stage of query tiles, which may be filled again."""
+
+DOUTS_FREE = gl.constexpr(12)
+"""Backward: the same for tiles of the output's gradient."""
+
+
+@builtin
+def meet(number: Any, threads: Any, _semantic: Any = None) -> None:
+    """Wait at barrier ``number``, known to the compiler or not, until ``threads`` have come."""
+    _named_barrier("sync", number, threads, _semantic)
+
+
+@builtin
+def arrive(number: Any, threads: Any, _semantic: Any = None) -> None:
+    """Come to barrier ``number`` as one of ``threads``, and go on.
+
+    Unlike ``mbarrier.arrive`` it brings no barrier among the partition's warps with it.
+    """
+    _named_barrier("arrive", number, threads, _semantic)
+
+
+def _named_barrier(kind: str, number: Any, threads: Any, _semantic: Any) -> None:
+    threads = getattr(threads, "value", threads)
+    builder = _semantic.builder
+    handle = _semantic.to_tensor(number).handle
+    assembly = f"bar.{kind} $1, {threads}; mov.u32 $0, 0;"
+    builder.create_inline_asm(assembly, "=r,r", [handle], [gl.int32.to_ir(builder)], False, 1)

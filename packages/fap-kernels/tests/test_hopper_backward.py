@@ -1,0 +1,149 @@
+"""The Hopper backward without a GPU: compiled ahead of time, and how it is chosen."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from ahead_of_time import Compiled, compile_launch, disassemble
+from test_hopper import describe, gluon_is_here
+
+from fap_kernels import explain_schedule, use_schedule
+from fap_kernels.backward.config import padded_rows
+from fap_kernels.backward.launch import BackwardInputs, plan_delta
+from fap_kernels.hopper.backward_launch import empty_dq_acc, plan_hopper_backward, plan_query_grads
+from fap_kernels.hopper.conditions import backward_reasons_against
+from fap_kernels.hopper.config import BACKWARD, BACKWARD_64, BACKWARD_128, BackwardConfig
+from fap_kernels.launch import Launch
+from fap_kernels.target import SM_80, SM_90
+
+
+def launches_of(config: BackwardConfig | None = None, **call: Any) -> tuple[Launch, Launch, Launch]:
+    """The three launches of a call."""
+    problem, (q, k, v), slopes, packing = describe(needs_grad=True, **call)
+    rows = padded_rows(q.shape[1], problem.batch if problem.packed else 0)
+    lse, delta = (torch.empty(1, problem.nheads, rows) for _ in range(2))
+    inputs = BackwardInputs(q, k, v, q, lse, delta, slopes, None, packing)
+    dq_acc = empty_dq_acc(problem, inputs, config)
+    return (
+        plan_delta(problem, q, torch.empty(1, problem.nheads, q.shape[1]), None, inputs, dq_acc),
+        plan_hopper_backward(problem, inputs, dq_acc, torch.empty_like(k), torch.empty_like(v), config),
+        plan_query_grads(problem, inputs, dq_acc, torch.empty_like(q)),
+    )
+
+
+def compile_backward(config: BackwardConfig | None = None, **call: Any) -> Compiled:
+    return compile_launch(launches_of(config, **call)[1], "sm_90")
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True, "dtype": torch.float16},
+    "packed": {"packed": True},
+    "window": {"window_size": (90, 5)},
+    "softcap and ALiBi": {"softcap": 30.0, "alibi": True, "causal": True},
+}
+# Bytes a thread that a program may spill, all partitions and loops together: what the assemblers of Triton
+# 3.6 to 3.9 were seen to spill, and a margin.
+SPILLS = {"full": 1280, "causal": 1280, "packed": 1280, "window": 3072, "softcap and ALiBi": 4608}
+CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128}
+
+needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper comes with Triton 3.6")
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("width", "kind"),
+    [(128, "full"), (128, "causal"), (128, "window"), (128, "softcap and ALiBi"),
+     (64, "causal"), (64, "window"), (64, "packed")],
+)  # fmt: skip
+def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> None:
+    backward = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind])
+    assert backward.shared <= SM_90.shared_memory
+    assert backward.spills <= SPILLS[kind], "it spills more than was recorded"
+    assert "wgmma.mma_async" in backward.assembly
+    assert "cp.reduce.async.bulk.tensor" in backward.assembly
+    assert not backward.warnings, "ptxas serialises the products, or takes registers from a partition"
+
+
+def test_the_table_has_no_other_configurations() -> None:
+    assert {row.config for row in BACKWARD} <= {None, *CONFIGS.values()}
+
+
+@needs_gluon
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=str)
+def test_the_exponentials_run_beside_the_product_with_the_values(config: BackwardConfig) -> None:
+    code = disassemble(compile_backward(config, head_dim=config.width))
+    waits = [
+        (number, int(match[1], 0))
+        for number, line in enumerate(code)
+        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", line))
+    ]
+    beside = [
+        sum("MUFU.EX2" in line for line in code[first:last])
+        for (first, outstanding), (last, left) in itertools.pairwise(waits)
+        if (outstanding, left) == (1, 1)  # from S being there, beside dP, to dP being there, beside dV
+    ]
+    # Each of the 128 threads of a warpgroup has this many of the 64 x BLOCK_M weights.
+    exponentials = config.block_m // 2
+    assert len(beside) == 2, "a step without a mask, of both warpgroups"
+    assert min(beside) >= exponentials, "the wait for dP was moved above the exponentials"
+
+
+@needs_gluon
+def test_a_step_has_few_barriers() -> None:
+    """One hand-over of dS, with a barrier before it, and one before dQ leaves: more would show."""
+    code = disassemble(compile_backward(BACKWARD_128))
+    sends = [number for number, line in enumerate(code) if "UTMAREDG" in line]
+    assert len(sends) == 4, "two loops of two warpgroups"
+    exchanges = [
+        max(number for number in range(send) if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x2", code[number]))
+        for send in sends
+    ]
+    for exchange, send in zip(exchanges, sends, strict=True):
+        assert sum("BAR.SYNC" in line for line in code[exchange:send]) == 1
+
+
+@needs_gluon
+def test_what_surrounds_it_compiles() -> None:
+    for width, config in CONFIGS.items():
+        delta, _, query_grads = launches_of(config, head_dim=width)
+        assert compile_launch(delta, "sm_90").spills == 0
+        assert compile_launch(query_grads, "sm_90").spills == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"dropout_p": 0.1}, "dropout"),
+        ({"head_dim": 60}, "multiple of 8"),
+        ({"head_dim": 256}, "256 columns"),
+        ({"deterministic": True}, "no fixed order"),
+    ],
+    ids=str,
+)
+def test_what_it_is_not_for_is_said(call: dict[str, Any], reason: str) -> None:
+    reasons = backward_reasons_against(describe(**call)[0], SM_90)
+    assert any(reason in given for given in reasons)
+
+
+def test_it_is_for_one_chip() -> None:
+    (reason,) = backward_reasons_against(describe()[0], SM_80)
+    assert "sm_90" in reason
+    assert "sm_80" in reason
+
+
+def test_a_call_is_told_which_schedule_computes_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = "fap_kernels.target.target_of"
+    monkeypatch.setattr(target, lambda _: SM_90)
+    fixed = describe(deterministic=True)[0]
+    assert "the portable backward, since" in explain_schedule(fixed, backward=True)
+    assert "no fixed order" in explain_schedule(fixed, backward=True)
+    with use_schedule("portable"):
+        assert explain_schedule(fixed, backward=True) == "the portable backward, chosen by use_schedule"
+    monkeypatch.setattr(target, lambda _: SM_80)
+    assert explain_schedule(fixed, backward=True) == "the portable backward (sm_80)"

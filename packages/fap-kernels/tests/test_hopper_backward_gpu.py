@@ -1,0 +1,180 @@
+"""The Hopper backward on a GPU: against the float64 oracle, at adversarial scales, and on odd shapes.
+
+The conformance of test_gpu.py asks for gradients that are equal on every run, and so tests the portable
+kernels; here the Hopper schedule is held to run itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from fap_kernels import (
+    attention_backward,
+    attention_varlen_backward,
+    use_schedule,
+)
+from fap_testing.reference import attention_baseline_gradients, attention_reference_gradients
+from fap_testing.reference_varlen import attention_varlen_reference_gradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a GPU of compute capability 9.0",
+    ),
+]
+# Norm of the error over that of the gradient, as rounding the weights and their gradients to 16 bits leaves
+# it; where PyTorch's own attention in the same dtype errs more, twice its error.
+ERRORS = {torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
+
+
+def draw(
+    batch: int, seqlen_q: int, seqlen_k: int, nheads: int, nheads_k: int, head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """q, k, v and the gradient of out."""
+    sizes = ((seqlen_q, nheads), (seqlen_k, nheads_k), (seqlen_k, nheads_k), (seqlen_q, nheads))
+    return tuple(torch.randn(batch, n, h, head_dim, device="cuda", dtype=dtype) for n, h in sizes)
+
+
+def check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None = None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """All gradients are right, of a repeated call too; dK and dV are the same then."""
+    wide = None if dlse is None else dlse.double()
+    out, lse, *right = attention_reference_gradients(q, k, v, dout.double(), wide, **options)
+    plain = attention_baseline_gradients(q, k, v, dout, dlse, **options)[2:]
+    call = (dout, q, k, v, out.to(q.dtype).contiguous(), lse.float().contiguous())
+    with use_schedule("hopper"):
+        mine = attention_backward(*call, dlse=dlse, **options)
+        again = attention_backward(*call, dlse=dlse, **options)
+    assert torch.equal(mine[1], again[1])
+    assert torch.equal(mine[2], again[2])
+    for name, gradient, of_replay, other, expected in zip("qkv", mine, again, plain, right, strict=True):
+        bound = max(ERRORS[q.dtype] * expected.norm(), 2 * (other.double() - expected).norm())
+        bound += 1e-5 * dout.double().norm()  # where a gradient is 0, as that of a single key's logit
+        assert (gradient.double() - expected).norm() <= bound, f"d{name}"
+        assert (of_replay.double() - expected).norm() <= bound, f"d{name} of a repeated call"
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"causal": True},
+    {"window_size": (90, 30)},
+    {"window_size": (70, -1)},
+    {"softcap": 4.0, "causal": True},
+    {"alibi": True, "window_size": (200, 30), "softcap": 20.0},
+)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_against_the_oracle(head_dim: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    options = dict(options)
+    slopes = torch.rand(2, 4, device="cuda") if options.pop("alibi", False) else None
+    for seqlen_q, seqlen_k in ((700, 900), (900, 260), (1, 1)):
+        dlse = torch.randn(2, 4, seqlen_q, device="cuda")
+        check(*draw(2, seqlen_q, seqlen_k, 4, 2, head_dim, dtype), dlse, alibi_slopes=slopes, **options)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+class TestAdversarialScales:
+    def test_logits_of_hundreds(self, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
+        q, k, v, dout = draw(1, 500, 600, 4, 2, head_dim, dtype)
+        check(q * 4, k * 4, v, dout, causal=causal, softmax_scale=100 / head_dim / 3)
+
+    def test_keys_that_do_not_exist_beside_rows_of_tiny_logits(
+        self, head_dim: int, dtype: torch.dtype, causal: bool
+    ) -> None:
+        """The weight of such a key would be exp(320), and infinity times zero in dQ."""
+        q, k, v, dout = draw(1, 500, 600, 4, 2, head_dim, dtype)
+        q[..., 0], k[..., 0] = -8.0, 40.0
+        check(q, k, v, dout, causal=causal, softmax_scale=1.0)
+
+    def test_one_key_that_dominates(self, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
+        q, k, v, dout = draw(1, 500, 600, 4, 2, head_dim, dtype)
+        k[:, 37] *= 30
+        check(q, k, v, dout, causal=causal)
+
+    @pytest.mark.parametrize("size", [1e-6, 1e4])
+    def test_tiny_and_large_gradients(
+        self, head_dim: int, dtype: torch.dtype, causal: bool, size: float
+    ) -> None:
+        if dtype == torch.float16:  # whose own range is passed
+            size = min(max(size, 1e-3), 1e2)
+        q, k, v, dout = draw(1, 500, 600, 4, 2, head_dim, dtype)
+        check(q, k, v, dout * size, causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_views_of_larger_tensors(head_dim: int) -> None:
+    q, k, v, dout = (
+        torch.randn(2, n, 3, 5, head_dim, device="cuda", dtype=torch.bfloat16)[:, :, 1, :4]
+        for n in (300, 410, 410, 300)
+    )
+    check(q, k, v, dout, causal=True)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_sequences_beside_poison(head_dim: int, seed: int) -> None:
+    rng = random.Random(seed)
+    lengths_q, lengths_k = ([rng.choice([0, 1, rng.randint(1, 400)]) for _ in range(5)] for _ in "qk")
+    lengths_q[0], lengths_k[0] = 333, 201
+    bounds = [
+        torch.tensor([0, *itertools.accumulate(lengths)], device="cuda", dtype=torch.int32)
+        for lengths in (lengths_q, lengths_k)
+    ]
+    q, k, v, dout = (x[0] for x in draw(1, sum(lengths_q) + 9, sum(lengths_k) + 9, 4, 2, head_dim))
+    for x, lengths in ((q, lengths_q), (k, lengths_k), (v, lengths_k), (dout, lengths_q)):
+        x[sum(lengths) :] = torch.nan
+    real_q, real_k = sum(lengths_q), sum(lengths_k)
+    for options in ({}, {"causal": True}, {"window_size": (60, 20)}):
+        packing = (*bounds, max(lengths_q), max(lengths_k))
+        real_out, real_lse, *right = attention_varlen_reference_gradients(
+            q[:real_q], k[:real_k], v[:real_k], *bounds, dout[:real_q].double(), **options
+        )
+        out, lse = torch.full_like(q, torch.nan), torch.full((4, len(q)), torch.nan, device="cuda")
+        out[:real_q], lse[:, :real_q] = real_out.to(q.dtype), real_lse.float()
+        with use_schedule("hopper"):
+            mine = attention_varlen_backward(dout, q, k, v, out, lse, *packing, **options)
+        for gradient, expected in zip(mine, right, strict=True):
+            error = gradient[: len(expected)].double() - expected
+            assert error.norm() <= ERRORS[q.dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("chunk", range(4))
+def test_random_shapes(head_dim: int, chunk: int) -> None:
+    rng = random.Random(head_dim + chunk)
+    for _ in range(8):
+        nheads_k, group = rng.randint(1, 3), rng.choice([1, 2, 4])
+        sizes = rng.randint(1, 3), rng.randint(1, 1300), rng.randint(1, 1500)
+        left, right = rng.choice(
+            [(-1, -1), (-1, 0), (rng.randint(0, 400), rng.randint(0, 300)), (rng.randint(0, 600), -1)]
+        )
+        check(*draw(*sizes, nheads_k * group, nheads_k, head_dim), window_size=(left, right))
+
+
+def test_a_graph_starts_from_zero_when_it_is_replayed() -> None:
+    q, k, v, dout = draw(1, 700, 900, 4, 2, 128)
+    out, lse, *right = attention_reference_gradients(q, k, v, dout.double())
+    out, lse = out.to(q.dtype).contiguous(), lse.float().contiguous()
+    with use_schedule("hopper"):
+        attention_backward(dout, q, k, v, out, lse)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gradients = attention_backward(dout, q, k, v, out, lse)
+    for _ in range(3):
+        graph.replay()
+    for gradient, expected in zip(gradients, right, strict=True):
+        assert (gradient.double() - expected).norm() <= ERRORS[q.dtype] * expected.norm()

@@ -1,0 +1,240 @@
+"""What a program of the Hopper backward works on, and what surrounds it, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fap_kernels import AttentionProblem
+from fap_kernels.backward.config import padded_rows
+from fap_kernels.backward.launch import BackwardInputs, plan_delta
+from fap_kernels.hopper import backward_work, work
+from fap_kernels.hopper.backward_launch import plan_query_grads
+from fap_kernels.packing import Packing
+
+pytestmark = pytest.mark.interpreter
+FIELDS = 11
+BLOCK_N = 128
+
+
+@triton.jit
+def list_work(
+    found, cu_seqlens_q, cu_seqlens_k, nheads, group, seqlen_q, seqlen_k, window_left, window_right, items,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write down what each program works on, ``(items, FIELDS)``."""
+    call = work.Call(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,
+        None,
+        nheads,
+        group,
+        seqlen_q,
+        seqlen_k,
+        window_left,
+        window_right,
+        items,
+    )
+    tile = backward_work.key_tile_of(call, tl.program_id(0), BLOCK_N)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    row = found + tl.program_id(0) * 11
+    tl.store(row, tile.batch)
+    tl.store(row + 1, tile.head_k)
+    tl.store(row + 2, tile.first_key)
+    tl.store(row + 3, tile.seqlen_q)
+    tl.store(row + 4, tile.seqlen_k)
+    tl.store(row + 5, tile.q_start)
+    tl.store(row + 6, tile.k_start)
+    tl.store(row + 7, sweep.start)
+    tl.store(row + 8, sweep.leading)
+    tl.store(row + 9, sweep.unmasked_end)
+    tl.store(row + 10, sweep.count)
+
+
+def programs(
+    lengths_q: list[int], lengths_k: list[int], nheads: int, group: int, window: tuple[Any, Any],
+    packed: bool, block_m: int,
+) -> list[list[int]]:  # fmt: skip
+    """What each program works on."""
+    bounds = [
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
+        for lengths in (lengths_q, lengths_k)
+    ]
+    items = len(lengths_q) * (nheads // group) * -(-max(lengths_k) // BLOCK_N)
+    found = torch.zeros(items, FIELDS, dtype=torch.int32)
+    list_work[(items,)](
+        found, *bounds, nheads, group, max(lengths_q), max(lengths_k), *window, items,
+        block_m, BLOCK_N,
+    )  # fmt: skip
+    return found.tolist()
+
+
+def visible(seqlen_q: int, seqlen_k: int, window: tuple[Any, Any]) -> torch.Tensor:
+    distance = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q - torch.arange(seqlen_k)[None, :]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if window[0] is not None:
+        seen = seen & (distance <= window[0])
+    if window[1] is not None:
+        seen = seen & (distance >= -window[1])
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> None:
+    rng = random.Random(seed)
+    packed, block_m = seed % 2 == 1, rng.choice([64, 128])
+    count, nheads_k, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 2])
+    if packed:
+        lengths_q, lengths_k = ([rng.choice([0, 1, rng.randint(1, 500)]) for _ in range(count)] for _ in "qk")
+        lengths_q[0], lengths_k[0] = 300, 200
+    else:
+        lengths_q, lengths_k = [rng.randint(1, 700)] * count, [rng.randint(1, 700)] * count
+    window = rng.choice([None, 0, rng.randint(0, 300)]), rng.choice([None, 0, rng.randint(0, 300)])
+    found = programs(lengths_q, lengths_k, nheads_k * group, group, window, packed, block_m)
+    expected = {
+        (batch, head, first)
+        for batch in range(count)
+        for head in range(nheads_k)
+        for first in range(0, max(lengths_k), BLOCK_N)
+    }
+    assert len(found) == len(expected)
+    assert {tuple(row[:3]) for row in found} == expected
+    for row in found:
+        batch = row[0]
+        assert row[3:5] == [lengths_q[batch], lengths_k[batch]]
+        assert row[5:7] == ([sum(lengths_q[:batch]), sum(lengths_k[:batch])] if packed else [0, 0])
+        check_sweep(row, window, block_m)
+
+
+def check_sweep(row: list[int], window: tuple[Any, Any], block_m: int) -> None:
+    """Every query that sees a key is visited, and no unmasked step needs a mask."""
+    _, _, first_key, seqlen_q, seqlen_k, _, _, start, leading, unmasked_end, count = row
+    assert start % block_m == 0
+    assert 0 <= leading <= unmasked_end <= count
+    assert window[0] is not None or unmasked_end == count, "a step would be left out"
+    if first_key >= seqlen_k:
+        assert count == 0, "these keys do not exist"
+        return
+    assert start + count * block_m < seqlen_q + block_m or count == 0, "a step without any query"
+    seen = visible(seqlen_q, seqlen_k, window)[:, first_key : first_key + BLOCK_N]
+    visited = slice(start, start + count * block_m)
+    assert seen.sum() == seen[visited].sum(), "a query that sees a key is not visited"
+    unmasked = slice(start + leading * block_m, start + unmasked_end * block_m)
+    if unmasked_end > leading:
+        assert first_key + BLOCK_N <= seqlen_k, "keys that do not exist need a mask"
+        assert seen[unmasked].all(), "an unmasked step holds a hidden pair"
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (40, 30), (200, 0), (None, 70)], ids=str)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 300), (300, 190), (200, 520), (129, 1)])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_the_steps_add_up_to_the_gradients(
+    seqlen_q: int, seqlen_k: int, window: tuple[Any, Any], block_m: int
+) -> None:
+    """The schedule in PyTorch: what does not exist is fetched as zeros, only masked steps have a mask.
+
+    Logits are far below 0, so that weights of keys that do not exist would be infinite.
+    """
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(n, 8, dtype=torch.float64) for n in (seqlen_q, seqlen_k, seqlen_k, seqlen_q))
+    q[:, 0], k[:, 0] = -40.0, 40.0
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    hidden = ~visible(seqlen_q, seqlen_k, window)
+    scores = (leaves[0] @ leaves[1].T).masked_fill(hidden, -torch.inf)
+    weights = torch.softmax(scores.masked_fill(hidden.all(1, keepdim=True), 0.0), 1).masked_fill(hidden, 0.0)
+    out = weights @ leaves[2]
+    right = torch.autograd.grad(out, leaves, dout)
+    lse = torch.where(hidden.all(1), torch.inf, torch.logsumexp(scores.detach(), 1))
+    delta = (out.detach() * dout).sum(1)
+
+    grown = [len(x) + BLOCK_N for x in (q, k, v)]
+    dq, dk, dv = (torch.zeros(n, 8, dtype=torch.float64) for n in grown)
+    q, dout = (torch.nn.functional.pad(x, (0, 0, 0, BLOCK_N)) for x in (q, dout))
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, BLOCK_N)) for x in (k, v))
+    lse = torch.nn.functional.pad(lse, (0, BLOCK_N), value=torch.inf)
+    delta = torch.nn.functional.pad(delta, (0, BLOCK_N))
+    hidden = torch.nn.functional.pad(hidden, (0, BLOCK_N, 0, BLOCK_N), value=True)
+    hidden[seqlen_q:, :seqlen_k] = False  # no mask is needed there
+    for row in programs([seqlen_q], [seqlen_k], 1, 1, window, False, block_m):
+        keys = slice(row[2], row[2] + BLOCK_N)
+        start, leading, unmasked_end, count = row[7:]
+        for step in range(count):
+            queries = slice(start + step * block_m, start + (step + 1) * block_m)
+            p = torch.exp(k[keys] @ q[queries].T - lse[queries])
+            if not leading <= step < unmasked_end:
+                p = p.masked_fill(hidden[queries, keys].T, 0.0)
+            ds = p * (v[keys] @ dout[queries].T - delta[queries])
+            dv[keys] += p @ dout[queries]
+            dk[keys] += ds @ q[queries]
+            dq[queries] += ds.T @ k[keys]
+    for mine, expected in zip((dq, dk, dv), right, strict=True):
+        torch.testing.assert_close(mine[: len(expected)], expected)
+
+
+def as_registers_hold_it(dq: torch.Tensor) -> torch.Tensor:
+    """``fap_kernels.hopper.backward`` stores a 64 x 64 accumulator so; Gluon has no interpreter to ask."""
+    return dq.reshape(4, 2, 8, 8, 4, 2).permute(3, 0, 2, 4, 1, 5).reshape(64 * 64)
+
+
+def call(
+    packed: bool, head_dim: int, width: int
+) -> tuple[AttentionProblem, BackwardInputs, torch.Tensor, torch.Tensor, list[int]]:
+    """A call, what its kernels read, its out, the memory for dQ, and where each sequence starts there."""
+    torch.manual_seed(0)
+    lengths, packing = [70, 0, 150], None
+    if packed:
+        q, dout = (torch.randn(sum(lengths), 2, head_dim) for _ in "qo")
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        packing = Packing.describe(q, q, bounds, bounds, 150, 150)
+        problem = AttentionProblem.describe(q, q, q, packing=packing)
+        q, dout = q[None], dout[None]
+        starts = [(sum(lengths[:entry]) + entry * 128) // 128 * 128 for entry in range(3)]
+    else:
+        q, dout = (torch.randn(2, 150, 2, head_dim) for _ in "qo")
+        problem = AttentionProblem.describe(q, q, q)
+        starts = [0]
+    rows = padded_rows(q.shape[1], problem.batch if packed else 0)
+    lse, delta = torch.empty(q.shape[0], 2, rows), torch.empty(q.shape[0], 2, rows)
+    inputs = BackwardInputs(q, q, q, dout, lse, delta, None, None, packing)
+    return problem, inputs, q, torch.full((*lse.shape, width), torch.nan), starts
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(64, 64), (40, 64), (96, 128)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dq_comes_to_its_place(head_dim: int, width: int, packed: bool) -> None:
+    problem, inputs, q, dq_acc, starts = call(packed, head_dim, width)
+    expected = torch.zeros_like(q)
+    lengths = [70, 0, 150] if packed else [150]
+    for batch, head in itertools.product(range(q.shape[0]), range(2)):
+        first = 0
+        for start, length in zip(starts, lengths, strict=True):
+            own = torch.randn(-(-length // 64) * 64, width)
+            expected[batch, first : first + length, head] = own[:length, :head_dim] * problem.softmax_scale
+            tiles = [
+                as_registers_hold_it(own[row : row + 64, column : column + 64])
+                for row in range(0, len(own), 64)
+                for column in range(0, width, 64)
+            ]
+            if tiles:
+                dq_acc[batch, head].view(-1)[start * width :][: len(own) * width] = torch.cat(tiles)
+            first += length
+    dq = torch.full_like(q, torch.nan)
+    plan_query_grads(problem, inputs, dq_acc, dq).run(q.device)
+    torch.testing.assert_close(dq, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
+    problem, inputs, q, dq_acc, starts = call(packed, 64, 64)
+    plan_delta(problem, q, torch.zeros(q.shape[0], 2, q.shape[1]), None, inputs, dq_acc).run(q.device)
+    lengths = [70, 0, 150] if packed else [150]
+    for start, length in zip(starts, lengths, strict=True):
+        swept = dq_acc[:, :, start : start + -(-length // 128) * 128]
+        assert swept.eq(0.0).all()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.nn.attention
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,8 @@ def test_the_examples_run(name, tmp_path):
     script.write_text(EXAMPLES[name], encoding="utf-8")
     command = [sys.executable, "-W", "ignore"]
     if "# torchrun --nproc-per-node 2 this.py" in EXAMPLES[name]:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        devices = torch.cuda.device_count() or 2
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(min(devices, 2))]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -109,6 +109,46 @@ def check_dtensors(mesh):
     assert fap_api.flash_attn_func(*dropped, causal=True).placements == (heads,)
 
 
+def check_torchs_own(mesh):
+    """PyTorch's context_parallel attends by its FlashAttention operators, and so here where they are ours.
+
+    For CPU tensors scaled_dot_product_attention never takes these operators, so they are called by name.
+    """
+    import torch.nn.attention
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor.experimental import context_parallel
+
+    from fap_api.backends.torch_ import TorchBackend
+    from fap_api.integrations import sdpa
+
+    if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
+        return
+    ran = []
+    for name in ("forward", "backward"):
+        method = getattr(TorchBackend, name)
+
+        def spy(self, *arguments, _method=method, _name=name):
+            ran.append(_name)
+            return _method(self, *arguments)
+
+        setattr(TorchBackend, name, spy)
+    handle = sdpa._activate("CPU")
+    torch.manual_seed(7)
+    whole = [torch.randn(2, 4, 16, 8, requires_grad=True) for _ in range(3)]
+    dout = torch.randn(2, 4, 16, 8)
+    buffers = [x.detach().clone() for x in (*whole, dout)]
+    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2] * 4):
+        parts = [x.detach().requires_grad_() for x in buffers[:3]]
+        cut = [DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in parts]
+        out = torch.ops.aten._scaled_dot_product_flash_attention(*cut, 0.0, True)[0].to_local()
+        got = [unshard_sequence(x, mesh, 2) for x in (out, *torch.autograd.grad(out, parts, buffers[3]))]
+    handle.remove()
+    assert ran == ["forward"] * mesh.size() + ["backward"] * mesh.size()
+    right = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True)
+    for x, y in zip(got, (right, *torch.autograd.grad(right, whole, dout)), strict=True):
+        torch.testing.assert_close(x, y.detach())
+
+
 def main():
     rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
@@ -122,6 +162,7 @@ def main():
     check_refusals(mesh)
     if world_size == 2:
         check_dtensors(mesh)
+    check_torchs_own(mesh)
     dist.barrier()
     dist.destroy_process_group()
 

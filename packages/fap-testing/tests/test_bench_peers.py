@@ -210,13 +210,20 @@ def schedules(monkeypatch):
     def forward_reasons_against(problem, target):
         return ["too short"] if problem.seqlen_q < 20 else []
 
+    def backward_reasons_against(problem, target):
+        return ["not measured"] if problem.packed else []
+
     row = SimpleNamespace(config="tiles of 128")
     monkeypatch.setattr(kernels, "use_schedule", use_schedule, raising=False)
     monkeypatch.setattr("fap_kernels.target.target_of", lambda device: None)
-    conditions = {"forward_reasons_against": forward_reasons_against}
+    conditions = {
+        "forward_reasons_against": forward_reasons_against,
+        "backward_reasons_against": backward_reasons_against,
+    }
+    config = {"FORWARD": None, "BACKWARD": None, "choose": lambda table, problem: row}
     install_fake(monkeypatch, "fap_kernels.hopper", {})
     install_fake(monkeypatch, "fap_kernels.hopper.conditions", conditions)
-    install_fake(monkeypatch, "fap_kernels.hopper.config", {"choose": lambda problem: row})
+    install_fake(monkeypatch, "fap_kernels.hopper.config", config)
     return held
 
 
@@ -230,10 +237,12 @@ def test_each_family_of_kernels_is_measured_by_itself(schedules):
     for problem in (PREFILL, CAUSAL, VARLEN, VARLEN_WINDOW):
         bf16 = replace(problem, dtype="bf16", device="cuda")
         assert hopper.unsupported_reasons(bf16, "fwd") == []
-        assert "forward pass alone" in hopper.unsupported_reasons(bf16, "bwd")[0]
+        packed = isinstance(problem, Varlen)
+        assert hopper.unsupported_reasons(bf16, "bwd") == (["not measured"] if packed else [])
         assert portable.unsupported_reasons(bf16, "bwd") == []
     short = Prefill(batch=1, seqlen_q=16, seqlen_k=16, **{**SIZES, "dtype": "bf16"})
-    assert hopper.unsupported_reasons(short, "fwd") == ["too short"]
+    for direction in ("fwd", "bwd"):  # behind a forward pass, which it does not compute
+        assert hopper.unsupported_reasons(short, direction) == ["too short"]
 
 
 def test_the_family_that_a_call_takes_is_recorded(schedules, monkeypatch):
@@ -242,7 +251,9 @@ def test_the_family_that_a_call_takes_is_recorded(schedules, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     on_gpu, tensors = replace(CAUSAL, device="cuda"), CAUSAL.draw()
     assert FapHopper().configuration(on_gpu, tensors, "fwd") == "forward tiles of 128"
-    assert FapKernels().configuration(on_gpu, tensors, "both").startswith("forward tiles of 128, dkdv ")
+    told = FapKernels().configuration(on_gpu, tensors, "both")
+    assert told == "forward tiles of 128, backward tiles of 128"
+    assert "dkdv" in FapTriton().configuration(on_gpu, tensors, "both")
     assert "warps" in FapTriton().configuration(on_gpu, tensors, "fwd")
 
 

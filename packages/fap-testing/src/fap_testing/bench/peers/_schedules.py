@@ -49,23 +49,33 @@ def reasons_against(family: str, problem: Problem, direction: Direction) -> list
     """Return why this family's schedules do not compute a call."""
     if family == "portable":
         return []
-    if direction != "fwd":
-        return [f"the family {family!r} has a forward pass alone"]
     if not isinstance(problem, (Prefill, Varlen)):
         return [f"the family {family!r} computes prefill and varlen, got {problem.kind}"]
-    conditions = importlib.import_module("fap_kernels.hopper.conditions")
-    target = importlib.import_module("fap_kernels.target").target_of(torch.device(problem.device))
-    return list(conditions.forward_reasons_against(_described(problem), target))
+    # A backward pass is measured behind a forward pass of the same family.
+    reasons = _reasons_against_hopper(problem, "forward")
+    if direction in ("bwd", "both"):
+        reasons += _reasons_against_hopper(problem, "backward")
+    return reasons
 
 
-def hopper_configuration(problem: Problem) -> str | None:
-    """Return what the Hopper family would run a forward pass with, or None where it does not compute it."""
+def hopper_configuration(problem: Problem, direction: str) -> str | None:
+    """Return what the Hopper family would run a pass with, or None where it does not compute it.
+
+    Args:
+        direction: "forward" or "backward".
+    """
     if missing("hopper") is not None or not isinstance(problem, (Prefill, Varlen)):
         return None
-    if reasons_against("hopper", problem, "fwd"):
+    if _reasons_against_hopper(problem, direction):
         return None
-    choose = importlib.import_module("fap_kernels.hopper.config").choose
-    return str(choose(_described(problem)).config)
+    config = importlib.import_module("fap_kernels.hopper.config")
+    return str(config.choose(getattr(config, direction.upper()), _described(problem)).config)
+
+
+def _reasons_against_hopper(problem: Prefill | Varlen, direction: str) -> list[str]:
+    conditions = importlib.import_module("fap_kernels.hopper.conditions")
+    target = importlib.import_module("fap_kernels.target").target_of(torch.device(problem.device))
+    return list(getattr(conditions, f"{direction}_reasons_against")(_described(problem), target))
 
 
 def _described(problem: Prefill | Varlen) -> Any:

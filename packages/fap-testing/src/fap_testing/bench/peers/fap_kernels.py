@@ -166,18 +166,22 @@ def tile_sizes(problem: Problem, tensors: Tensors, direction: Direction, family:
     choose = importlib.import_module("fap_kernels.config").choose
     target = importlib.import_module("fap_kernels.target").target_of(tensors.q.device)
     backward = importlib.import_module("fap_kernels.backward.config")
-    hopper = None if family == "portable" or direction == "bwd" else _schedules.hopper_configuration(problem)
+    told: list[str] = []
     tables: dict[str, Any] = {}
-    if direction != "bwd" and hopper is None:
-        tables["forward"] = importlib.import_module("fap_kernels.forward.config").FORWARD
+    if direction != "bwd":
+        hopper = None if family == "portable" else _schedules.hopper_configuration(problem, "forward")
+        told += [f"forward {hopper}"] if hopper else []
+        if not hopper:
+            tables["forward"] = importlib.import_module("fap_kernels.forward.config").FORWARD
     if direction in ("bwd", "both"):
-        tables |= {"dkdv": backward.DKDV, "dq": backward.DQ}
-    chosen = {name: choose(table, described, target) for name, table in tables.items()}
-    portable = [
-        f"{name} {c.block_m}x{c.block_n} warps {c.num_warps} stages {c.num_stages}"
-        for name, c in chosen.items()
-    ]
-    return ", ".join(([f"forward {hopper}"] if hopper else []) + portable)
+        hopper = None if family == "portable" else _schedules.hopper_configuration(problem, "backward")
+        told += [f"backward {hopper}"] if hopper else []
+        if not hopper:
+            tables |= {"dkdv": backward.DKDV, "dq": backward.DQ}
+    for name, table in tables.items():
+        c = choose(table, described, target)
+        told.append(f"{name} {c.block_m}x{c.block_n} warps {c.num_warps} stages {c.num_stages}")
+    return ", ".join(told)
 
 
 def _described(problem: Problem, tensors: Tensors, **where: Any) -> Any:

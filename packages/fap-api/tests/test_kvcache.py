@@ -263,6 +263,13 @@ class TestArguments:
             fap_api.flash_attn_with_kvcache(**call)
         fap_api.flash_attn_with_kvcache(**call | {"causal": False})  # all at one position
 
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_no_query_needs_no_angle(self, causal):
+        call = draw(rotary=True) | {"cache_seqlens": CAPACITY, "causal": causal}
+        for name in ("q", "k", "v"):
+            call[name] = call[name][:, :0]
+        assert fap_api.flash_attn_with_kvcache(**call).shape == (2, 0, 4, 16)
+
     @pytest.mark.parametrize("name", ["q", "k", "v", "k_cache", "v_cache"])
     def test_gradients_are_refused_unless_they_are_off(self, name):
         call = draw()

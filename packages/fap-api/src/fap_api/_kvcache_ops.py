@@ -57,7 +57,8 @@ def attend(
     if q.is_cpu:
         seqlen_new = 0 if new is None else new.k.shape[1]
         rows = None if new is None or new.angles is None else new.angles[0].shape[0]
-        check_on_host(k_cache, places, q.shape[1] if score.is_local else 1, seqlen_new, rows)
+        seqlen_q = q.shape[1] if score.is_local else min(q.shape[1], 1)
+        check_on_host(k_cache, places, seqlen_q, seqlen_new, rows)
     return get_backend(backend).cached_forward(q, k_cache, v_cache, new, places, score, num_splits)
 
 

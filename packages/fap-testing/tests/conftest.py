@@ -33,6 +33,9 @@ class EagerAttention:
         if self.bug != "accepts_anything":
             check_arguments(q, k, v, dropout_p, softmax_scale, window_size, softcap, alibi_slopes)
         tensors = [self._mangle(x) for x in (q, k, v)]
+        if self.bug == "slopes_must_be_contiguous" and alibi_slopes is not None:
+            contiguous = torch.empty(alibi_slopes.shape, device="meta").stride()
+            alibi_slopes = alibi_slopes.as_strided(alibi_slopes.shape, contiguous)
         scores = self._scores(*tensors[:2], softmax_scale, softcap, alibi_slopes, causal)
         keep = self._keep(q, k, [int(bound) for bound in window_size], causal)
         p, lse = self._softmax(scores, keep)
@@ -45,7 +48,13 @@ class EagerAttention:
             lse = lse.detach() + 0.0 * p.sum(-1)
         if self.bug == "random_noise":
             out = out * (1.0 + 1e-6 * torch.rand(()))
-        if self.bug == "gradients_off_by_a_thousandth":
+        if self.bug == "writes_inputs_without_gradients" and not out.requires_grad:
+            q.mul_(0.5)
+        if self.bug == "writes_inputs_without_lse" and not (return_attn_probs or out.requires_grad):
+            q.mul_(0.5)
+        if self.bug == "gradients_off_by_a_thousandth" or (
+            self.bug == "deterministic_gradients_off" and deterministic
+        ):
             out = out.detach() + 1.001 * (out - out.detach())
         if self.bug == "dout_must_be_contiguous":
             out = _ReadsContiguousGradient.apply(out)

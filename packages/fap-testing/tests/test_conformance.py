@@ -24,6 +24,7 @@ CAUGHT_BY = {
     "bfloat16_inside": "lengths_17x17-float32",
     "causal_keeps_right": "window_5_3_33x33_causal-float32",
     "causal_top_left": "lengths_70x13_causal-float32",
+    "deterministic_gradients_off": "deterministic-float32",
     "dout_must_be_contiguous": "gradient_strides-float32",
     "dropout_fixed_seed": "dropout_mask_varies-float32",
     "dropout_not_rescaled": "dropout_0.5-float32",
@@ -49,6 +50,7 @@ CAUGHT_BY = {
     "scale_0_is_default": "softmax_scale_0-float32",
     "scale_missing": "lengths_17x17-float32",
     "scale_of_padded_head_dim": "head_dim_40-float32",
+    "slopes_must_be_contiguous": "slopes_strides-float32",
     "softcap_after_alibi": "combined_window_softcap_alibi-float32",
     "softcap_ignored": "softcap_0.3-float32",
     "softcap_overflows": "softcap_1_scale_30-float32",
@@ -57,6 +59,8 @@ CAUGHT_BY = {
     "window_left_off_by_one": "window_5_0_33x33-float32",
     "window_right_off_by_one": "window_0_5_33x33-float32",
     "writes_inputs": "lengths_17x17-float32",
+    "writes_inputs_without_gradients": "no_graph_without_gradients-float32",
+    "writes_inputs_without_lse": "return_attn_probs-float32",
     "writes_past_the_end": "lengths_17x17-float32",
 }
 

@@ -124,6 +124,8 @@ class EagerKVCache:
             index = None if self.bug == "batch_idx_ignored" else call.cache_batch_idx
             return torch.full_like(position, b if index is None else int(index[b])), position
         table = call.block_table[0 if self.bug == "table_of_sequence_0" else b].long()
+        if self.bug == "table_must_be_contiguous":
+            table = call.block_table.as_strided((table.numel(),), (1,), b * table.numel()).long()
         if self.bug == "pages_in_order":
             table = table[0] + torch.arange(table.numel())
         pages = table[(position // size).clamp(max=table.numel() - 1)]

@@ -62,6 +62,7 @@ CAUGHT_BY = {
     "scale_ignored": "softmax_scale_1-float32",
     "slopes_of_sequence_0": "alibi_batch_head_q1-float32",
     "softcap_ignored": "softcap_0.3-float32",
+    "table_must_be_contiguous": "table_strides-float32",
     "table_of_sequence_0": "paged_16_append_0-float32",
     "values_not_appended": "generation-float32",
     "window_is_not_local": "rotary_interleaved_q5_append_5_window_left-float32",

@@ -99,6 +99,8 @@ class EagerVarlen:
             return rows
         position = torch.arange(rows.numel())
         table = block_table[0 if self.bug == "table_of_sequence_0" else b].long()
+        if self.bug == "table_must_be_contiguous":
+            table = block_table.as_strided((table.numel(),), (1,), b * table.numel()).long()
         if self.bug == "pages_in_order":
             table = (table[0] + torch.arange(table.numel())) % k.shape[0]
         return table[position // k.shape[1]] * k.shape[1] + position % k.shape[1]

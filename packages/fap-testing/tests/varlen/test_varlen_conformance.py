@@ -45,6 +45,7 @@ CAUGHT_BY = {
     "softcap_ignored": "softcap_0.3-float32",
     "starts_one_late": "lengths_many-float32",
     "stops_at_empty": "lengths_empty_between-float32",
+    "table_must_be_contiguous": "table_strides-float32",
     "table_of_sequence_0": "paged_16-float32",
     "window_clamped": "window_all_12-float32",
     "writes_inputs": "lengths_single-float32",

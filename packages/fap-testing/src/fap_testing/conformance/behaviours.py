@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fap_testing.cases import Case
-from fap_testing.conformance.calls import call, forward, require_that
+from fap_testing.conformance.calls import call, forward, require_that, rows_apart
 from fap_testing.conformance.dense import check_result
 from fap_testing.expectation import expect
 from fap_testing.inputs import make_inputs
@@ -82,14 +82,17 @@ def check_backward_twice(subject: Subject, dtype: torch.dtype) -> None:
 
 
 def check_no_graph_without_gradients(subject: Subject, dtype: torch.dtype) -> None:
-    """Nothing requires grad when no input does, nor under ``torch.no_grad()``."""
+    """Nothing requires grad when no input does, nor under ``torch.no_grad()``, and results are as right."""
     inputs = _inputs(subject, dtype)
+    expected = expect(inputs)
     results = [forward(subject, inputs, inputs.q, inputs.k, inputs.v)]
     with torch.no_grad():
         results.append(forward(subject, inputs, *inputs.leaves()))
     for result in results:
         for name, x in result.tensors().items():
             require_that(not x.requires_grad, f"{name} must not require grad when nothing asks for gradients")
+        expected.check(**result.tensors())
+        inputs.assert_untouched()
 
 
 def check_return_attn_probs(subject: Subject, dtype: torch.dtype) -> None:
@@ -102,17 +105,20 @@ def check_return_attn_probs(subject: Subject, dtype: torch.dtype) -> None:
         torch.equal(with_lse.out, without.out),
         "out differs between return_attn_probs=True and return_attn_probs=False",
     )
+    inputs.assert_untouched()
 
 
 def check_deterministic(subject: Subject, dtype: torch.dtype) -> None:
-    """With deterministic=True, every run gives bitwise the same outputs and gradients."""
+    """With deterministic=True, every run gives bitwise the same outputs and gradients, and right ones."""
     subject.require("deterministic")
     sizes: dict[str, Any] = {"batch": 2, "nheads": 4, "nheads_k": 2 if subject.supports("gqa") else 4}
     # A race needs many tiles under way at once, which only a GPU has.
     seqlen = 130 if torch.device(subject.device).type == "cpu" else 1100
     case = Case(name="deterministic", seqlen_q=seqlen, seqlen_k=seqlen, head_dim=64, **sizes)
     inputs = _inputs(subject, dtype, case)
-    first = call(subject, inputs, deterministic=True).tensors()
+    result = call(subject, inputs, deterministic=True)
+    check_result(subject, inputs, result)
+    first = result.tensors()
     for run in range(1, subject.repeats):
         again = call(subject, inputs, deterministic=True).tensors()
         for name, x in first.items():
@@ -122,6 +128,19 @@ def check_deterministic(subject: Subject, dtype: torch.dtype) -> None:
                 f"with deterministic=True, {name} of run {run + 1} of {subject.repeats} differs from the "
                 f"first in {differing} of {x.numel()} elements",
             )
+
+
+def check_slopes_strides(subject: Subject, dtype: torch.dtype) -> None:
+    """The rows of alibi_slopes may lie apart, as in a slice of a wider tensor."""
+    subject.require("alibi")
+    inputs = _inputs(
+        subject, dtype, Case(name="slopes", batch=3, seqlen_q=40, seqlen_k=40, alibi="batch_head")
+    )
+    slopes = inputs.alibi_slopes
+    if slopes is None:
+        raise TypeError("a case with alibi must have slopes")
+    strided = replace(inputs, alibi_slopes=rows_apart(slopes))
+    check_result(subject, strided, call(subject, strided))
 
 
 def check_window_types(subject: Subject, dtype: torch.dtype) -> None:
@@ -158,6 +177,7 @@ BEHAVIOURS: dict[str, Callable[[Subject, torch.dtype], None]] = {
     "no_graph_without_gradients": check_no_graph_without_gradients,
     "return_attn_probs": check_return_attn_probs,
     "deterministic": check_deterministic,
+    "slopes_strides": check_slopes_strides,
     "window_types": check_window_types,
     "positional_arguments": check_positional_arguments,
 }

@@ -28,6 +28,7 @@ __all__ = [
     "kind_of",
     "require_like",
     "require_that",
+    "rows_apart",
     "seeded",
 ]
 
@@ -76,6 +77,11 @@ def seeded(device: torch.device | str, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def rows_apart(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` ``(rows, columns)`` as a slice of a tensor twice as wide, whose other half misleads."""
+    return torch.cat((x, x.flip((0, 1))), dim=1)[:, : x.shape[1]]
 
 
 def call(

@@ -10,7 +10,7 @@ import torch
 
 from fap_testing.cases import Case
 from fap_testing.cases_kvcache import KVCacheCase
-from fap_testing.conformance.calls import NonconformityError, require_that
+from fap_testing.conformance.calls import NonconformityError, require_that, rows_apart
 from fap_testing.conformance.kvcache import KVCacheCallResult, call_kvcache, require_nothing_written
 from fap_testing.conformance.subject import UnsupportedError
 from fap_testing.expectation import expect
@@ -145,6 +145,24 @@ def check_shared_pages(subject: KVCacheSubject, dtype: torch.dtype) -> None:
     inputs = replace(inputs, block_table=table, integers={**inputs.integers, "block_table": table.clone()})
     expect_kvcache(inputs).check(**call_kvcache(subject, inputs).tensors())
     inputs.assert_untouched()
+
+
+def check_table_strides(subject: KVCacheSubject, dtype: torch.dtype) -> None:
+    """The rows of block_table may lie apart, as in a slice of a table for longer sequences."""
+    subject.require("paged")
+    new = 3 if subject.supports("append") else 0
+    sizes: dict[str, Any] = {
+        "cache_seqlens": (300, 16, 509),
+        "seqlen_q": 3,
+        "seqlen_new": new,
+        "head_dim": 32,
+    }
+    inputs = _inputs(subject, dtype, KVCacheCase(name="table", capacity=512, page_size=256, **sizes))
+    if inputs.block_table is None:
+        raise TypeError("a case with pages must have a table")
+    strided = replace(inputs, block_table=rows_apart(inputs.block_table))
+    expect_kvcache(inputs).check(**call_kvcache(subject, strided).tensors())
+    strided.assert_untouched()
 
 
 def check_full_cache_is_refused(subject: KVCacheSubject, dtype: torch.dtype) -> None:
@@ -311,6 +329,7 @@ KVCACHE_BEHAVIOURS: dict[str, Callable[[KVCacheSubject, torch.dtype], None]] = {
     "generation": check_generation,
     "rewritten_rows": check_rewritten_rows,
     "shared_pages": check_shared_pages,
+    "table_strides": check_table_strides,
     "full_cache": check_full_cache_is_refused,
     "full_cache_in_a_tensor": check_full_cache_in_a_tensor,
     "cuda_graph": check_cuda_graph,

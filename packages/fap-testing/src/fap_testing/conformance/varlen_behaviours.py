@@ -9,7 +9,7 @@ import torch
 
 from fap_testing.cases_varlen import VarlenCase
 from fap_testing.conformance.behaviours import BEHAVIOURS
-from fap_testing.conformance.calls import call, forward, require_that
+from fap_testing.conformance.calls import call, forward, require_that, rows_apart
 from fap_testing.conformance.dropout import DROPOUT_BEHAVIOURS
 from fap_testing.conformance.varlen import as_dense, check_varlen_result
 from fap_testing.expectation import expect_varlen
@@ -49,13 +49,15 @@ def check_max_seqlen_is_a_bound(subject: VarlenSubject, dtype: torch.dtype) -> N
 
 
 def check_deterministic_varlen(subject: VarlenSubject, dtype: torch.dtype) -> None:
-    """With deterministic=True, unequal sequences too give bitwise the same on every run."""
+    """With deterministic=True, unequal sequences too give bitwise the same on every run, and are right."""
     subject.require("deterministic", "cross_lengths")
     longest = 130 if torch.device(subject.device).type == "cpu" else 1100
     sizes: dict[str, Any] = {"nheads": 4, "nheads_k": 2 if subject.supports("gqa") else 4, "head_dim": 64}
     case = VarlenCase(name="deterministic", seqlens_q=(longest, 1, 40), seqlens_k=(77, longest, 40), **sizes)
     inputs = _inputs(subject, dtype, case)
-    first = call(subject, inputs, deterministic=True).tensors()
+    result = call(subject, inputs, deterministic=True)
+    check_varlen_result(subject, inputs, result)
+    first = result.tensors()
     for run in range(1, subject.repeats):
         again = call(subject, inputs, deterministic=True).tensors()
         for name, x in first.items():
@@ -65,6 +67,17 @@ def check_deterministic_varlen(subject: VarlenSubject, dtype: torch.dtype) -> No
                 f"with deterministic=True, {name} of run {run + 1} of {subject.repeats} differs from the "
                 f"first in {differing} of {x.numel()} elements",
             )
+
+
+def check_table_strides(subject: VarlenSubject, dtype: torch.dtype) -> None:
+    """The rows of block_table may lie apart, as in a slice of a table for longer sequences."""
+    subject.require("paged", "cross_lengths")
+    lengths: dict[str, Any] = {"seqlens_q": (5, 9, 1), "seqlens_k": (300, 16, 512)}
+    inputs = _inputs(subject, dtype, VarlenCase(name="table", page_size=256, head_dim=32, **lengths))
+    if inputs.block_table is None:
+        raise TypeError("a case with pages must have a table")
+    result = call(subject, inputs, block_table=rows_apart(inputs.block_table))
+    check_varlen_result(subject, inputs, result)
 
 
 def check_positional_block_table(subject: VarlenSubject, dtype: torch.dtype) -> None:
@@ -92,5 +105,6 @@ VARLEN_BEHAVIOURS: dict[str, Callable[[VarlenSubject, torch.dtype], None]] = {
     "max_seqlen_types": check_max_seqlen_types,
     "max_seqlen_is_a_bound": check_max_seqlen_is_a_bound,
     "deterministic_varlen": check_deterministic_varlen,
+    "table_strides": check_table_strides,
     "positional_block_table": check_positional_block_table,
 }

@@ -101,7 +101,7 @@ def check_dtensors(mesh):
     with pytest.raises(RuntimeError, match="dropout_p must be 0.0 for DTensors, got 0.5"):
         fap_api.flash_attn_func(*dropped, 0.5)
 
-    # Once more, so that the decision for this call is a cached one.
+    # What DTensor has decided for a call, it does not find again without the rules.
     fap_api.flash_attn_func(*dropped, causal=True)
     fap_api.integrations.dtensor.unregister()
     with pytest.raises(NotImplementedError, match="fap.attention_forward"):

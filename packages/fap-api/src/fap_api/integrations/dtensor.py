@@ -55,19 +55,18 @@ def register() -> None:
 def unregister() -> None:
     """Have DTensor raise for these operators again, as before :func:`register`.
 
-    PyTorch has no function that takes rules back, so this takes them out of the private tables of DTensor,
-    and has it forget what it has decided for any operator.
+    PyTorch has no function that takes rules back, so this takes them out of the private tables of DTensor.
+    The decisions that it has cached are found by what is in the second table, and so no longer.
 
     Raises:
         RuntimeError: this PyTorch keeps rules elsewhere, or was built without torch.distributed.
     """
     _check_torch()
-    from torch.distributed.tensor import DTensor, debug
+    from torch.distributed.tensor import DTensor
 
     try:
         rules = DTensor._op_dispatcher.sharding_propagator
         tables: tuple[dict[Any, Any], ...] = rules.op_strategy_funcs, rules.op_to_schema_info
-        forget_decisions: Callable[[], Any] = debug._clear_sharding_prop_cache
     except AttributeError as error:
         raise RuntimeError(
             f"torch must keep DTensor's rules where torch 2.13 does, got torch {torch.__version__}: {error}"
@@ -75,7 +74,6 @@ def unregister() -> None:
     for table in tables:
         for operator in _OPERATORS:
             table.pop(operator, None)
-    forget_decisions()
 
 
 def _check_torch() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fap_api import flash_attn_func
+from fap_nn._settings import check_flags, check_integers, check_numbers, check_tensors, check_window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class FlashAttention(nn.Module):
 
     Raises:
         ValueError: a size or probability outside its range, or a window or slopes of another shape.
+        TypeError: a setting of the wrong type.
     """
 
     alibi_slopes: torch.Tensor | None
@@ -53,14 +55,18 @@ class FlashAttention(nn.Module):
         deterministic: bool = False,
     ) -> None:
         super().__init__()
+        check_integers(num_heads=num_heads, head_dim=head_dim)
+        check_numbers(dropout=dropout, softcap=softcap)
+        if softmax_scale is not None:
+            check_numbers(softmax_scale=softmax_scale)
+        check_flags(causal=causal, deterministic=deterministic)
+        check_window(window_size)
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if not hasattr(window_size, "__len__") or len(window_size) != 2:
-            raise ValueError(f"window_size must be two integers (left, right), got {window_size!r}")
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.dropout = dropout
@@ -97,6 +103,7 @@ class FlashAttention(nn.Module):
 
         Raises:
             RuntimeError: shapes, dtypes or devices that do not fit the module or each other.
+            TypeError: no tensors.
         """
         self._check(q=q, k=k, v=v)
         out = flash_attn_func(
@@ -134,6 +141,7 @@ class FlashAttention(nn.Module):
         return ", ".join(settings)
 
     def _check(self, **tensors: torch.Tensor) -> None:
+        check_tensors(**tensors)
         for name, x in tensors.items():
             if x.dim() != 4 or x.shape[-1] != self.head_dim:
                 raise RuntimeError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fap_nn._settings import check_integers
+
 LEAST_PAGE_SIZE = 16
 
 
@@ -33,6 +35,7 @@ class KVCache:
 
     Raises:
         ValueError: a size outside its range, or a dtype that is not floating-point.
+        TypeError: a size that is no integer.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         sizes = {"batch": batch, "max_seqlen": max_seqlen, "num_heads_kv": num_heads_kv, "head_dim": head_dim}
+        check_integers(**sizes, **({} if page_size is None else {"page_size": page_size}))
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")

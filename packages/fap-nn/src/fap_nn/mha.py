@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fap_nn._cached import attend_cached, check_cache, real_tokens_first
+from fap_nn._settings import check_flags, check_integers, check_tensors
 from fap_nn.attention import FlashAttention
 from fap_nn.kv_cache import KVCache
 from fap_nn.rotary import RotaryEmbedding, rotate
@@ -41,6 +42,7 @@ class FlashMHA(nn.Module):
 
     Raises:
         ValueError: options outside their range or that exclude each other.
+        TypeError: an option of the wrong type.
     """
 
     def __init__(
@@ -69,6 +71,13 @@ class FlashMHA(nn.Module):
     ) -> None:
         super().__init__()
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+        check_integers(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_heads_kv=num_heads_kv,
+            rotary_emb_dim=rotary_emb_dim,
+        )
+        check_flags(bias=bias, cross_attn=cross_attn, batch_first=batch_first)
         _check_sizes(embed_dim, num_heads, num_heads_kv)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -188,6 +197,7 @@ class FlashMHA(nn.Module):
             RuntimeError: shapes that do not fit the module or each other, a mask that is not bool, x_kv
                 missing or not wanted; with a cache, more tokens than it has room for, before anything is
                 written, a module that is not causal or drops weights, or gradients that are not off.
+            TypeError: an argument of the wrong type.
         """
         self._check_inputs(x, x_kv)
         if not self.batch_first:
@@ -293,6 +303,7 @@ class FlashMHA(nn.Module):
         return out.masked_fill(mask.logical_not()[:, :, None], 0.0)
 
     def _check_inputs(self, x: torch.Tensor, x_kv: torch.Tensor | None) -> None:
+        check_tensors(x=x, **({} if x_kv is None else {"x_kv": x_kv}))
         layout = "(batch, seqlen, embed_dim)" if self.batch_first else "(seqlen, batch, embed_dim)"
         for name, value in (("x", x), ("x_kv", x_kv)):
             if value is not None and (value.dim() != 3 or value.shape[-1] != self.embed_dim):
@@ -313,6 +324,7 @@ class FlashMHA(nn.Module):
 
 
 def _check_mask(mask: torch.Tensor, keys: torch.Tensor) -> None:
+    check_tensors(key_padding_mask=mask)
     if mask.dtype != torch.bool:
         raise RuntimeError(f"key_padding_mask must be bool, True for real tokens, got {mask.dtype}")
     if mask.shape != keys.shape[:2]:

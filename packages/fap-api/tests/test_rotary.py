@@ -154,6 +154,16 @@ def test_packed_queries_and_keys(interleaved, of_keys, layout):
         assert torch.equal(got, expected)
 
 
+def test_bounds_and_offsets_may_have_strides():
+    x, (cos, sin), call = draw(20, 3), tables(), CALLS["packed_offsets"]
+    strided = {
+        name: torch.stack((given, -given), dim=1)[:, 0] if isinstance(given, torch.Tensor) else given
+        for name, given in call.items()
+    }
+    expected = fap_api.apply_rotary_emb(x, cos, sin, **call)
+    assert torch.equal(fap_api.apply_rotary_emb(x, cos, sin, **strided), expected)
+
+
 def test_packed_keys():
     kv, (cos, sin) = draw(2, 12, 2, 3), tables()
     k, v = (x.clone() for x in kv.unbind(2))

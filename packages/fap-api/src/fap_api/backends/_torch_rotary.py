@@ -69,7 +69,8 @@ def packed_positions(
     batch = cu_seqlens.shape[0] - 1
     if batch == 0:
         return torch.full_like(row, -1)
-    sequence = torch.searchsorted(cu_seqlens, row.to(cu_seqlens.dtype), right=True) - 1
+    # PyTorch copies bounds that are not contiguous itself, but warns about it.
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), row.to(cu_seqlens.dtype), right=True) - 1
     outside = (sequence < 0) | (sequence >= batch)
     sequence = sequence.clamp(0, batch - 1)
     within = row - cu_seqlens.long()[sequence]

@@ -189,10 +189,11 @@ def comparison_table(comparison: Comparison) -> Table:
 def findings_table(findings: Sequence[Finding]) -> Table:
     """Return promises beside what was measured, those that are not kept in bold."""
     table = Table(title="promised, and measured", title_justify="left")
-    for name in ("point", "direction", "peer"):
+    table.add_column("point", overflow="fold")  # what was not measured is named at length, and gives way
+    for name in ("direction", "peer"):
         table.add_column(name, no_wrap=True)
     for name in ("promised", "measured"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for finding in findings:
         promise, row = finding.promise, finding.row
         where = ", ".join(f"{name} {value}" for name, value in promise.where.items())

@@ -5,6 +5,7 @@ It wants (batch, nheads, seqlen, head_dim) and gets transposed views of the comm
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,6 +97,9 @@ def _compiled(
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
+    # A backward pass is timed again and again on one graph: the first must not give its buffers away.
+    functorch: Any = importlib.import_module("torch._functorch.config")
+    functorch.donated_buffer = False
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     grouped = problem.group > 1
 

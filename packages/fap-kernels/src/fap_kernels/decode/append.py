@@ -29,7 +29,8 @@ def kvcache_append_kernel(
     new = row // nheads_k
     head = row % nheads_k
     length = tl.load(cache_seqlens + batch)
-    exists = (new < seqlen_new) & (length >= 0) & (length + seqlen_new <= capacity)
+    fits = (length >= 0) & (length + seqlen_new <= capacity)
+    exists = new < tl.where(fits, seqlen_new, 0)
     position = length + new
     if block_table is not None:
         index = position >> page_bits

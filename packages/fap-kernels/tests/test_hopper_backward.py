@@ -21,12 +21,17 @@ from fap_kernels.launch import Launch
 from fap_kernels.target import SM_80, SM_90
 
 
-def launches_of(config: BackwardConfig | None = None, **call: Any) -> tuple[Launch, Launch, Launch]:
-    """The three launches of a call."""
-    problem, (q, k, v), slopes, packing = describe(needs_grad=True, **call)
+def inputs_of(**call: Any) -> BackwardInputs:
+    problem, (q, k, v), slopes, packing = describe(**call)
     rows = padded_rows(q.shape[1], problem.batch if problem.packed else 0)
     lse, delta = (torch.empty(1, problem.nheads, rows) for _ in range(2))
-    inputs = BackwardInputs(q, k, v, q, lse, delta, slopes, None, packing)
+    return BackwardInputs(q, k, v, q, lse, delta, slopes, None, packing)
+
+
+def launches_of(config: BackwardConfig | None = None, **call: Any) -> tuple[Launch, Launch, Launch]:
+    """The three launches of a call."""
+    problem, inputs = describe(**call)[0], inputs_of(**call)
+    q, k, v = inputs.q, inputs.k, inputs.v
     dq_acc = empty_dq_acc(problem, inputs, config)
     return (
         plan_delta(problem, q, torch.empty(1, problem.nheads, q.shape[1]), None, inputs, dq_acc),
@@ -118,6 +123,9 @@ def test_what_surrounds_it_compiles() -> None:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
+        ({"causal": True, "seqlen_k": 512}, "portable kernels are faster"),
+        ({"softcap": 3.0}, "softcap or ALiBi"),
+        ({"packed": True}, "packed"),
         ({"dtype": torch.float32}, "float16 and bfloat16"),
         ({"dropout_p": 0.1}, "dropout"),
         ({"head_dim": 60}, "multiple of 8"),
@@ -129,6 +137,25 @@ def test_what_surrounds_it_compiles() -> None:
 def test_what_it_is_not_for_is_said(call: dict[str, Any], reason: str) -> None:
     reasons = backward_reasons_against(describe(**call)[0], SM_90)
     assert any(reason in given for given in reasons)
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    "call",
+    [{"head_dim": 64}, {"head_dim": 72}, {"softcap": 3.0}, {"packed": True}, {"window_size": (9, 0)}],
+    ids=str,
+)
+def test_what_is_not_measured_runs_where_it_is_asked_for(call: dict[str, Any]) -> None:
+    problem = describe(**call)[0]
+    assert "not measured" in backward_reasons_against(problem, SM_90)[0]
+    assert backward_reasons_against(problem, SM_90, asked_for=True) == []
+    assert empty_dq_acc(problem, inputs_of(**call)).shape[-1] == (64 if call == {"head_dim": 64} else 128)
+
+
+@needs_gluon
+@pytest.mark.parametrize("call", [{}, {"head_dim": 96}, {"causal": True, "seqlen_k": 1024}], ids=str)
+def test_what_is_measured_to_be_faster_runs(call: dict[str, Any]) -> None:
+    assert backward_reasons_against(describe(**call)[0], SM_90) == []
 
 
 def test_it_is_for_one_chip() -> None:
@@ -145,5 +172,10 @@ def test_a_call_is_told_which_schedule_computes_its_gradients(monkeypatch: pytes
     assert "no fixed order" in explain_schedule(fixed, backward=True)
     with use_schedule("portable"):
         assert explain_schedule(fixed, backward=True) == "the portable backward, chosen by use_schedule"
+    with use_schedule("hopper"):
+        refusal = "the schedule 'hopper' was chosen by use_schedule and does not compute this call: "
+        assert explain_schedule(fixed, backward=True).startswith(refusal)
+    if gluon_is_here():
+        assert explain_schedule(describe()[0], backward=True) == "the Hopper backward"
     monkeypatch.setattr(target, lambda _: SM_80)
     assert explain_schedule(fixed, backward=True) == "the portable backward (sm_80)"

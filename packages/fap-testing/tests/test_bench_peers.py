@@ -208,11 +208,11 @@ def schedules(monkeypatch):
         yield
         held.append(None)
 
-    def forward_reasons_against(problem, target):
+    def forward_reasons_against(problem, target, asked_for):
         return ["too short"] if problem.seqlen_q < 20 else []
 
-    def backward_reasons_against(problem, target):
-        return ["not measured"] if problem.packed else []
+    def backward_reasons_against(problem, target, asked_for):
+        return ["not measured"] if problem.packed and not asked_for else []
 
     row = SimpleNamespace(config="tiles of 128")
     monkeypatch.setattr(kernels, "use_schedule", use_schedule, raising=False)
@@ -238,8 +238,7 @@ def test_each_family_of_kernels_is_measured_by_itself(schedules):
     for problem in (PREFILL, CAUSAL, VARLEN, VARLEN_WINDOW):
         bf16 = replace(problem, dtype="bf16", device="cuda")
         assert hopper.unsupported_reasons(bf16, "fwd") == []
-        packed = isinstance(problem, Varlen)
-        assert hopper.unsupported_reasons(bf16, "bwd") == (["not measured"] if packed else [])
+        assert hopper.unsupported_reasons(bf16, "bwd") == [], "held to it, what is not measured runs"
         assert portable.unsupported_reasons(bf16, "bwd") == []
     short = Prefill(batch=1, seqlen_q=16, seqlen_k=16, **{**SIZES, "dtype": "bf16"})
     for direction in ("fwd", "bwd"):  # behind a forward pass, which it does not compute
@@ -255,6 +254,9 @@ def test_the_family_that_a_call_takes_is_recorded(schedules, monkeypatch):
     told = FapKernels().configuration(on_gpu, tensors, "both")
     assert told == "forward tiles of 128, backward tiles of 128"
     assert "dkdv" in FapTriton().configuration(on_gpu, tensors, "both")
+    packed, lengths = replace(VARLEN, device="cuda"), VARLEN.draw()
+    assert FapHopper().configuration(packed, lengths, "bwd") == "backward tiles of 128"
+    assert "dkdv" in FapKernels().configuration(packed, lengths, "bwd")
     assert "warps" in FapTriton().configuration(on_gpu, tensors, "fwd")
 
 

@@ -37,7 +37,8 @@ class use_schedule:  # noqa: N801 - read and used as a function
 
     Args:
         name: "portable" for the kernels in plain Triton, which run everything; "hopper" for those in Gluon
-            for sm_90, which do not run everything; None goes back to the best one that applies.
+            for sm_90, which do not run everything, but also what nobody has measured yet; None goes back to
+            the best one that is known to apply.
 
     Raises:
         ValueError: there is no schedule of that name.
@@ -68,6 +69,9 @@ def explicit_schedule() -> str | None:
 def explain_schedule(problem: AttentionProblem, *, backward: bool = False) -> str:
     """Which schedule computes the forward, or the backward, pass of a call, and why no other, as a sentence.
 
+    Where the call would raise, since :class:`use_schedule` has chosen one that does not compute it, the
+    sentence is that of the error.
+
     What only the tensors themselves tell is left out: the Hopper schedules also need addresses and strides
     that are multiples of 16 bytes.
     """
@@ -80,6 +84,8 @@ def explain_schedule(problem: AttentionProblem, *, backward: bool = False) -> st
     reasons = _reasons_against_hopper(problem, target, backward)
     if not reasons:
         return f"the Hopper {name}"
+    if _explicit == "hopper":
+        return _refusal(reasons)
     if target.family != "sm_90":
         return f"the portable {name} ({target.family})"
     return f"the portable {name}, since the Hopper one does not take this call: {'; '.join(reasons)}"
@@ -168,10 +174,7 @@ def _hopper_computes(
     if not reasons and not descriptors_fit(target, *fetched):
         reasons = ["it needs addresses and strides that are multiples of 16 bytes, and none of them 0"]
     if reasons and _explicit == "hopper":
-        raise RuntimeError(
-            "the schedule 'hopper' was chosen by use_schedule and does not compute this call: "
-            + "; ".join(reasons)
-        )
+        raise RuntimeError(_refusal(reasons))
     return not reasons
 
 
@@ -179,4 +182,9 @@ def _reasons_against_hopper(problem: AttentionProblem, target: Target, backward:
     from .hopper.conditions import backward_reasons_against, forward_reasons_against
 
     against = backward_reasons_against if backward else forward_reasons_against
-    return against(problem, target)
+    return against(problem, target, asked_for=_explicit == "hopper")
+
+
+def _refusal(reasons: list[str]) -> str:
+    why = "; ".join(reasons)
+    return f"the schedule 'hopper' was chosen by use_schedule and does not compute this call: {why}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from .config import BACKWARD, FORWARD, choose
 if TYPE_CHECKING:
     from ..problem import AttentionProblem
     from ..target import Target
+    from .config import HopperRow
 
 __all__ = ["backward_reasons_against", "forward_reasons_against"]
 
@@ -24,21 +25,26 @@ MOST_NUMBERS = 2**31
 """Of a vector of one number a query row: the TMA unit counts in 32 bits."""
 
 
-def forward_reasons_against(problem: AttentionProblem, target: Target) -> list[str]:
-    """Every reason why the Hopper forward does not compute ``problem``, its tensors' addresses aside."""
+def forward_reasons_against(problem: AttentionProblem, target: Target, asked_for: bool = False) -> list[str]:
+    """Every reason why the Hopper forward does not compute ``problem``, its tensors' addresses aside.
+
+    Args:
+        asked_for: by ``use_schedule("hopper")``, where it may also run what it is not known to be faster at.
+    """
     if target.family != "sm_90":
         return [f"it is written for sm_90, got {target.family}"]
     reasons = _reasons_against_both(problem)
     if problem.seqlen_q < FEWEST_QUERIES:
         reasons.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
-    row = choose(FORWARD, problem)
-    if row.config is None:
-        reasons.append(row.why)
-    return reasons
+    return reasons + _reasons_of_the_table(choose(FORWARD, problem), asked_for)
 
 
-def backward_reasons_against(problem: AttentionProblem, target: Target) -> list[str]:
-    """Every reason why the Hopper backward does not compute ``problem``, its tensors' addresses aside."""
+def backward_reasons_against(problem: AttentionProblem, target: Target, asked_for: bool = False) -> list[str]:
+    """Every reason why the Hopper backward does not compute ``problem``, its tensors' addresses aside.
+
+    Args:
+        asked_for: by ``use_schedule("hopper")``, where it may also run what it is not known to be faster at.
+    """
     if target.family != "sm_90":
         return [f"it is written for sm_90, got {target.family}"]
     reasons = _reasons_against_both(problem)
@@ -46,10 +52,7 @@ def backward_reasons_against(problem: AttentionProblem, target: Target) -> list[
         reasons.append("it adds up dQ in no fixed order, and deterministic is True")
     if problem.batch * problem.nheads * padded_rows(problem.seqlen_q, 1) >= MOST_NUMBERS:
         reasons.append(f"batch * nheads * seqlen_q, padded, must stay below {MOST_NUMBERS}")
-    row = choose(BACKWARD, problem)
-    if row.config is None:
-        reasons.append(row.why)
-    return reasons
+    return reasons + _reasons_of_the_table(choose(BACKWARD, problem), asked_for)
 
 
 def _reasons_against_both(problem: AttentionProblem) -> list[str]:
@@ -65,6 +68,10 @@ def _reasons_against_both(problem: AttentionProblem) -> list[str]:
     if problem.head_dim % 8:
         reasons.append(f"head_dim must be a multiple of 8, got {problem.head_dim}")
     return reasons
+
+
+def _reasons_of_the_table(row: HopperRow[Any], asked_for: bool) -> list[str]:
+    return [] if row.config is not None and (row.measured or asked_for) else [row.why]
 
 
 @cache

@@ -117,7 +117,9 @@ class HopperRow(Generic[Config]):
         bounded: only with (True) or without (False) a window or causal mask; None is both.
         plain: only calls without softcap and ALiBi (True), or with one of them (False); None is both.
         packed: only packed sequences (True), or none (False); None is both.
+        windowed: only with (True) or without (False) a bound on the left; None is both.
         seqlen_from: the least ``seqlen_k``.
+        measured: to be taken as a matter of course; else only where ``use_schedule("hopper")`` asks for it.
     """
 
     head_dim: int
@@ -126,7 +128,9 @@ class HopperRow(Generic[Config]):
     bounded: bool | None = None
     plain: bool | None = None
     packed: bool | None = None
+    windowed: bool | None = None
     seqlen_from: int = 0
+    measured: bool = True
 
     def fits(self, problem: AttentionProblem) -> bool:
         """Whether the row is for this call."""
@@ -137,6 +141,7 @@ class HopperRow(Generic[Config]):
             and self.bounded in (None, bounded)
             and self.plain in (None, plain)
             and self.packed in (None, problem.packed)
+            and self.windowed in (None, problem.window_left >= 0)
             and problem.seqlen_k >= self.seqlen_from
         )
 
@@ -228,18 +233,25 @@ REDO = {
 BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2)
 BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
 
-# A row is off, which hands its calls to the portable kernels, until a GPU has shown it right.
-_OPTIONS_ARE_ON = False
-_WIDTH_64_IS_ON = False
-_WIDTH_128_IS_ON = False
-
-# TFLOP/s of the main kernel against the portable backward's and cuDNN's in the same run; H100, bf16,
-# 16,384 tokens, nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
+# TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H100, bf16, 16,384
+# tokens, nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
 BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
-    HopperRow(head_dim=128, plain=False, config=BACKWARD_128 if _OPTIONS_ARE_ON else None,
-              why="softcap and ALiBi need more registers: not measured"),
-    HopperRow(head_dim=64, config=BACKWARD_64 if _WIDTH_64_IS_ON else None, why="not measured"),
-    HopperRow(head_dim=128, config=BACKWARD_128 if _WIDTH_128_IS_ON else None, why="not measured"),
+    HopperRow(head_dim=128, plain=False, config=BACKWARD_128, measured=False,
+              why="its speed with softcap or ALiBi is not measured"),
+    HopperRow(head_dim=64, config=BACKWARD_64, measured=False,
+              why="its speed at head dimensions up to 64 is not measured"),
+    HopperRow(head_dim=80, config=BACKWARD_128, measured=False,
+              why="its speed at head dimensions from 65 to 80 is not measured"),
+    HopperRow(head_dim=128, packed=True, config=BACKWARD_128, measured=False,
+              why="its speed on packed sequences is not measured"),
+    HopperRow(head_dim=128, windowed=True, config=BACKWARD_128, measured=False,
+              why="its speed with a window to the left is not measured"),
+    HopperRow(head_dim=128, bounded=False, config=BACKWARD_128,
+              why="307 at 512, 527 at 2k, 648 at 16k; portable 266, 400, 428, cuDNN 293, 502, 562"),
+    HopperRow(head_dim=128, seqlen_from=1024, config=BACKWARD_128,
+              why="causal: 406 at 2k, 619 at 16k; portable 344, 419, cuDNN 386, 581"),
+    HopperRow(head_dim=128, config=BACKWARD_128, measured=False,
+              why="the portable kernels are faster: 190 against 172 at 512, causal"),
     HopperRow(head_dim=256, config=None, why="dK and dV of 256 columns do not fit beside each other"),
 )  # fmt: skip
 

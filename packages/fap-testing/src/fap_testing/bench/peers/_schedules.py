@@ -52,30 +52,31 @@ def reasons_against(family: str, problem: Problem, direction: Direction) -> list
     if not isinstance(problem, (Prefill, Varlen)):
         return [f"the family {family!r} computes prefill and varlen, got {problem.kind}"]
     # A backward pass is measured behind a forward pass of the same family.
-    reasons = _reasons_against_hopper(problem, "forward")
+    reasons = _reasons_against_hopper(problem, "forward", asked_for=True)
     if direction in ("bwd", "both"):
-        reasons += _reasons_against_hopper(problem, "backward")
+        reasons += _reasons_against_hopper(problem, "backward", asked_for=True)
     return reasons
 
 
-def hopper_configuration(problem: Problem, direction: str) -> str | None:
+def hopper_configuration(problem: Problem, direction: str, family: str) -> str | None:
     """Return what the Hopper family would run a pass with, or None where it does not compute it.
 
     Args:
         direction: "forward" or "backward".
+        family: the one that the call is held to, or "" for fap_kernels's own choice.
     """
-    if missing("hopper") is not None or not isinstance(problem, (Prefill, Varlen)):
+    if family == "portable" or missing("hopper") is not None or not isinstance(problem, (Prefill, Varlen)):
         return None
-    if _reasons_against_hopper(problem, direction):
+    if _reasons_against_hopper(problem, direction, asked_for=family == "hopper"):
         return None
     config = importlib.import_module("fap_kernels.hopper.config")
     return str(config.choose(getattr(config, direction.upper()), _described(problem)).config)
 
 
-def _reasons_against_hopper(problem: Prefill | Varlen, direction: str) -> list[str]:
+def _reasons_against_hopper(problem: Prefill | Varlen, direction: str, asked_for: bool) -> list[str]:
     conditions = importlib.import_module("fap_kernels.hopper.conditions")
     target = importlib.import_module("fap_kernels.target").target_of(torch.device(problem.device))
-    return list(getattr(conditions, f"{direction}_reasons_against")(_described(problem), target))
+    return list(getattr(conditions, f"{direction}_reasons_against")(_described(problem), target, asked_for))
 
 
 def _described(problem: Prefill | Varlen) -> Any:

@@ -169,12 +169,12 @@ def tile_sizes(problem: Problem, tensors: Tensors, direction: Direction, family:
     told: list[str] = []
     tables: dict[str, Any] = {}
     if direction != "bwd":
-        hopper = None if family == "portable" else _schedules.hopper_configuration(problem, "forward")
+        hopper = _schedules.hopper_configuration(problem, "forward", family)
         told += [f"forward {hopper}"] if hopper else []
         if not hopper:
             tables["forward"] = importlib.import_module("fap_kernels.forward.config").FORWARD
     if direction in ("bwd", "both"):
-        hopper = None if family == "portable" else _schedules.hopper_configuration(problem, "backward")
+        hopper = _schedules.hopper_configuration(problem, "backward", family)
         told += [f"backward {hopper}"] if hopper else []
         if not hopper:
             tables |= {"dkdv": backward.DKDV, "dq": backward.DQ}

@@ -137,3 +137,13 @@ def test_forward_mode_tangents_are_refused_rather_than_lost(qkv, name):
         dual = torch.autograd.forward_ad.make_dual(x, x)
         with pytest.raises(RuntimeError, match=f"^{name} must not carry"):
             attention(dual)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"causal": "yes"}, {"dropout_p": 1.5}, {"window_size": (1,)}, {"softcap": -1.0}]
+)
+def test_what_flash_attn_asserts_is_an_assertion_error_too(wrong):
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(AssertionError, match=f"^{next(iter(wrong))} must be") as caught:
+        fap_api.flash_attn_func(q, q, q, **wrong)
+    assert isinstance(caught.value, (TypeError, ValueError))

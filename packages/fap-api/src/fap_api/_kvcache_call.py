@@ -11,6 +11,7 @@ from fap_api import _dispatch, _kvcache_ops
 from fap_api._kvcache_checks import as_length, check_combination, check_new_keys, check_rotary
 from fap_api.backends import select
 from fap_kernels.cache import Cache, check_last_strides, check_num_splits
+from fap_kernels.errors import WrongType
 from fap_kernels.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _describe(tensors: KVCacheTensors, options: KVCacheOptions) -> tuple[Attenti
 
 def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}: {value!r}")
+        raise WrongType(f"{name} must be True or False, got {type(value).__name__}: {value!r}")
 
 
 def _refuse_gradients(tensors: KVCacheTensors) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fap_kernels.errors import WrongType, WrongValue
+
 if TYPE_CHECKING:
     from fap_api.backends.base import Places
 
@@ -44,7 +46,7 @@ def check_new_keys(q: torch.Tensor, k_cache: torch.Tensor, k: Any, v: Any, capac
     """
     for name, x in (("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            raise WrongType(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
             raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {x.layout}")
         if x.dtype != q.dtype:
@@ -74,7 +76,7 @@ def check_rotary(q: torch.Tensor, cos: Any, sin: Any, capacity: int) -> None:
     head_dim = q.shape[-1]
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(table, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
+            raise WrongType(f"{name} must be a torch.Tensor, got {type(table).__name__}")
         if table.layout != torch.strided:
             raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got {table.layout}")
         if table.dtype != q.dtype:
@@ -119,15 +121,15 @@ def as_length(cache_seqlens: Any, seqlen_new: int, capacity: int, paged: bool) -
     if isinstance(length, bool) or not isinstance(length, int):
         try:
             if isinstance(length, bool):
-                raise TypeError("a bool is no length")
+                raise WrongType("a bool is no length")
             length = operator.index(length)
         except TypeError as error:
-            raise TypeError(
+            raise WrongType(
                 "cache_seqlens must be an int32 tensor (batch,) or an integer, "
                 f"got {type(cache_seqlens).__name__}: {cache_seqlens!r}"
             ) from error
     if length < 0:
-        raise ValueError(f"cache_seqlens must be at least 0, got {length}")
+        raise WrongValue(f"cache_seqlens must be at least 0, got {length}")
     if length + seqlen_new > capacity:
         raise RuntimeError(_no_room(length, seqlen_new, capacity, paged))
     return int(length)

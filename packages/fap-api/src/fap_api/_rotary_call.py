@@ -12,6 +12,7 @@ from fap_api import _rotary_ops
 from fap_api._validate import check_tensor
 from fap_api.backends import select
 from fap_api.backends._support import constant_in_graphs
+from fap_kernels.errors import WrongType, WrongValue
 from fap_kernels.packing import check_index, check_length
 from fap_kernels.rotary.apply import check_angles
 
@@ -85,11 +86,11 @@ def check_offset(name: str, offset: Any) -> None:
         ValueError: below 0.
     """
     if isinstance(offset, bool) or not isinstance(offset, int):
-        raise TypeError(
+        raise WrongType(
             f"{name} must be an integer or an int32 tensor (batch,), got {type(offset).__name__}: {offset!r}"
         )
     if offset < 0:
-        raise ValueError(f"{name} must be at least 0, got {offset}")
+        raise WrongValue(f"{name} must be at least 0, got {offset}")
 
 
 def _check(
@@ -174,7 +175,7 @@ def _check_rows(name: str, x: Any, cu_seqlens: Any, max_seqlen: Any) -> None:
 
 def _check_flag(name: str, flag: Any) -> None:
     if not isinstance(flag, bool):
-        raise TypeError(f"{name} must be True or False, got {type(flag).__name__}: {flag!r}")
+        raise WrongType(f"{name} must be True or False, got {type(flag).__name__}: {flag!r}")
 
 
 def _offsets(x: torch.Tensor, seqlen_offsets: Any, batch: int) -> tuple[int, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fap_api._rotary_call import check_offset, keys_of, rotary_in_place
 from fap_api._validate import check_tensor
+from fap_kernels.errors import WrongType, WrongValue
 from fap_kernels.packing import check_length
 
 __all__ = ["RotaryEmbedding", "RotaryTables"]
@@ -58,12 +59,12 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         if check_length("rotary dim", dim) < 2 or dim % 2:
-            raise ValueError(f"rotary dim must be even and at least 2, got {dim}")
+            raise WrongValue(f"rotary dim must be even and at least 2, got {dim}")
         _check_positive("base", base, "positive")
         if scale_base is not None:
             _check_positive("scale_base", scale_base, "positive or None")
         if not isinstance(interleaved, bool):
-            raise TypeError(
+            raise WrongType(
                 f"rotary interleaved must be True or False, got {type(interleaved).__name__}: {interleaved!r}"
             )
         self.dim = dim
@@ -165,9 +166,9 @@ class RotaryEmbedding(nn.Module):
 
 def _check_positive(name: str, value: Any, accepted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"rotary {name} must be a {accepted} number, got {type(value).__name__}: {value!r}")
+        raise WrongType(f"rotary {name} must be a {accepted} number, got {type(value).__name__}: {value!r}")
     if not 0 < value < math.inf:
-        raise ValueError(f"rotary {name} must be {accepted}, and finite, got {value}")
+        raise WrongValue(f"rotary {name} must be {accepted}, and finite, got {value}")
 
 
 def _have_values(table: torch.Tensor) -> bool:

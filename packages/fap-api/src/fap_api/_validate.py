@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fap_kernels.errors import WrongType
 from fap_kernels.packing import check_index, check_length
 
 __all__ = ["check_one_packing", "check_tensor", "refuse_tangents", "split_packed"]
@@ -12,7 +13,7 @@ __all__ = ["check_one_packing", "check_tensor", "refuse_tangents", "split_packed
 def check_tensor(name: str, x: object) -> None:
     """Raise a TypeError unless ``x`` is a tensor."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise WrongType(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def split_packed(

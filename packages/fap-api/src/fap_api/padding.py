@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fap_kernels.errors import WrongType
 from fap_kernels.packing import check_length
 
 __all__ = [
@@ -101,7 +102,7 @@ def unpad_input_for_concatenated_sequences(
     _check_batch(hidden_states)
     _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states, "integers")
     if attention_mask_in_length.dtype == torch.bool:
-        raise TypeError("attention_mask_in_length must hold integers, got torch.bool")
+        raise WrongType("attention_mask_in_length must hold integers, got torch.bool")
     lengths = attention_mask_in_length.long()
     seqlen = hidden_states.shape[1]
     tokens = lengths.sum(dim=1, keepdim=True)
@@ -187,7 +188,7 @@ def _longest(seqlens: torch.Tensor) -> int:
 
 def _check_batch(hidden_states: Any) -> None:
     if not isinstance(hidden_states, torch.Tensor):
-        raise TypeError(f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}")
+        raise WrongType(f"hidden_states must be a torch.Tensor, got {type(hidden_states).__name__}")
     if hidden_states.dim() < 2:
         raise RuntimeError(
             f"hidden_states must have shape (batch, seqlen, ...), got {tuple(hidden_states.shape)}"
@@ -198,10 +199,10 @@ def _check_mask(
     name: str, mask: Any, hidden_states: torch.Tensor, accepted: str = "bool or integers"
 ) -> None:
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+        raise WrongType(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.is_floating_point() or mask.is_complex():
         # One to be added to scores, 0 where there is a token, would be taken for its opposite.
-        raise TypeError(f"{name} must hold {accepted}, got {mask.dtype}")
+        raise WrongType(f"{name} must hold {accepted}, got {mask.dtype}")
     if mask.shape != hidden_states.shape[:2]:
         raise RuntimeError(
             f"{name} must have shape (batch, seqlen) = {tuple(hidden_states.shape[:2])}, "
@@ -221,7 +222,7 @@ def _as_mask(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> torc
 def _check_rows(name: str, x: Any, indices: Any, *, as_many: bool = False) -> None:
     for argument, given in ((name, x), ("indices", indices)):
         if not isinstance(given, torch.Tensor):
-            raise TypeError(f"{argument} must be a torch.Tensor, got {type(given).__name__}")
+            raise WrongType(f"{argument} must be a torch.Tensor, got {type(given).__name__}")
     if x.dim() < 1:
         raise RuntimeError(f"{name} must have shape (rows, ...), got ()")
     if indices.dim() != 1 or indices.dtype != torch.int64 or indices.device != x.device:

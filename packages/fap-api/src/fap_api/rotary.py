@@ -8,6 +8,7 @@ from fap_api._rotary_call import keys_of, rotary, rotary_in_place
 from fap_api._rotary_module import RotaryEmbedding
 from fap_api._validate import check_tensor
 from fap_api.backends._torch_rotary import turn
+from fap_kernels.errors import WrongType
 from fap_kernels.packing import check_length
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def apply_rotary_emb_torch(
         if given.device != x.device:
             raise RuntimeError(f"{name} must be on x's device {x.device}, got {given.device}")
     if not isinstance(interleaved, bool):
-        raise TypeError(
+        raise WrongType(
             f"interleaved must be True or False, got {type(interleaved).__name__}: {interleaved!r}"
         )
     rows = x.shape[:2]

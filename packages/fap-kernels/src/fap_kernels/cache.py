@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .errors import WrongType, WrongValue
 from .packing import check_block_table, check_index
 
 __all__ = ["MOST_SPLITS", "Cache", "check_last_strides", "check_num_splits"]
@@ -69,7 +70,7 @@ class Cache:
         keys = "batch_cache, seqlen_cache" if block_table is None else "num_pages, page_size"
         for tensor_name, x, rows in ((name, q, "batch, seqlen"), ("k_cache", k_cache, keys)):
             if not isinstance(x, torch.Tensor):
-                raise TypeError(f"{tensor_name} must be a torch.Tensor, got {type(x).__name__}")
+                raise WrongType(f"{tensor_name} must be a torch.Tensor, got {type(x).__name__}")
             if x.dim() != 4:
                 raise RuntimeError(
                     f"{tensor_name} must have 4 dimensions ({rows}, nheads, headdim), "
@@ -123,7 +124,7 @@ def check_num_splits(num_splits: Any) -> int:
         TypeError: no integer.
     """
     if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits must be an integer, got {type(num_splits).__name__}: {num_splits!r}")
+        raise WrongType(f"num_splits must be an integer, got {type(num_splits).__name__}: {num_splits!r}")
     if not 0 <= num_splits <= MOST_SPLITS:
-        raise ValueError(f"num_splits must be 0 (chosen by the sizes) to {MOST_SPLITS}, got {num_splits}")
+        raise WrongValue(f"num_splits must be 0 (chosen by the sizes) to {MOST_SPLITS}, got {num_splits}")
     return num_splits

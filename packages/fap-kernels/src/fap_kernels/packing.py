@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import WrongType, WrongValue
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -72,7 +74,7 @@ class Packing:
             TypeError: an argument of the wrong type.
         """
         if not isinstance(q, torch.Tensor):
-            raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
+            raise WrongType(f"q must be a torch.Tensor, got {type(q).__name__}")
         device = q.device
         check_index("cu_seqlens_q", cu_seqlens_q, device)
         if cu_seqlens_q.shape[0] < 1:
@@ -105,7 +107,7 @@ class Packing:
 
 def _page_size_of(k: Any) -> int:
     if not isinstance(k, torch.Tensor):
-        raise TypeError(f"k must be a torch.Tensor, got {type(k).__name__}")
+        raise WrongType(f"k must be a torch.Tensor, got {type(k).__name__}")
     if k.dim() != 4:
         raise RuntimeError(
             "k must have 4 dimensions (num_pages, page_size, nheads, headdim) where block_table is given, "
@@ -119,7 +121,7 @@ def check_index(
 ) -> None:
     """Raise unless ``x`` is an int32 vector on ``device``, of ``length`` if that is given."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise WrongType(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype != torch.int32:
         raise RuntimeError(f"{name} must have dtype int32, got {x.dtype}")
     if x.device != device:
@@ -132,7 +134,7 @@ def check_index(
 def check_block_table(block_table: Any, page_size: int, batch: int, device: torch.device) -> None:
     """Raise unless ``block_table`` is int32 ``(batch, max_pages)`` and the page size a power of two."""
     if not isinstance(block_table, torch.Tensor):
-        raise TypeError(f"block_table must be a torch.Tensor, got {type(block_table).__name__}")
+        raise WrongType(f"block_table must be a torch.Tensor, got {type(block_table).__name__}")
     if block_table.dtype != torch.int32:
         raise RuntimeError(f"block_table must have dtype int32, got {block_table.dtype}")
     if block_table.device != device:
@@ -168,14 +170,14 @@ def check_length(name: str, value: Any) -> int:
         torch._check(length >= 0)
         return length
     if length < 0:
-        raise ValueError(f"{name} must be at least 0, got {length}")
+        raise WrongValue(f"{name} must be at least 0, got {length}")
     return length
 
 
 def _check_longest(name: str, value: Any) -> int:
     length = check_length(name, value)
     if not torch.compiler.is_compiling() and length > LONGEST:
-        raise ValueError(f"{name} must be at most {LONGEST}, the largest int32, got {length}")
+        raise WrongValue(f"{name} must be at most {LONGEST}, the largest int32, got {length}")
     return length
 
 
@@ -183,14 +185,14 @@ def _as_index(name: str, value: Any) -> int:
     if isinstance(value, torch.Tensor):
         whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
         if value.numel() != 1 or not whole or value.is_meta:
-            raise TypeError(
+            raise WrongType(
                 f"{name} must be an integer, "
                 f"got a tensor of shape {tuple(value.shape)} and {value.dtype} on {value.device}"
             )
         return int(value.item())
     try:
         if isinstance(value, bool):
-            raise TypeError("a bool is no number of rows")
+            raise WrongType("a bool is no number of rows")
         return operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}: {value!r}") from error
+        raise WrongType(f"{name} must be an integer, got {type(value).__name__}: {value!r}") from error

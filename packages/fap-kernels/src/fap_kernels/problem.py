@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import WrongType, WrongValue
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -168,7 +170,7 @@ def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) ->
     if isinstance(window_size, torch.Tensor):
         if window_size.device.type != "cpu":
             # Reading it would make every call wait for the device.
-            raise TypeError(
+            raise WrongType(
                 "window_size must be two integers (left, right) or a CPU tensor of them, "
                 f"got a tensor on {window_size.device}"
             )
@@ -176,7 +178,7 @@ def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) ->
     if not isinstance(window_size, (tuple, list)):
         window_size = _as_pair(window_size)
     if len(window_size) != 2:
-        raise ValueError(
+        raise WrongValue(
             f"window_size must be two integers (left, right), got {len(window_size)}: {window_size!r}"
         )
     left, right = (_as_bound(bound, window_size) for bound in window_size)
@@ -188,7 +190,7 @@ def normalize_window(window_size: Sequence[int] | torch.Tensor, causal: bool) ->
 def _as_pair(window_size: Any) -> list[Any]:
     # A set or a dict has a length too, but no left and right.
     if isinstance(window_size, (str, bytes, Mapping, Set)) or not hasattr(window_size, "__len__"):
-        raise TypeError(
+        raise WrongType(
             "window_size must be two integers (left, right), "
             f"got {type(window_size).__name__}: {window_size!r}"
         )
@@ -201,10 +203,10 @@ def _as_bound(value: Any, window_size: Any) -> int:
         return min(value, WIDEST_WINDOW)
     try:
         if isinstance(value, bool):
-            raise TypeError("a bool is no number of keys")
+            raise WrongType("a bool is no number of keys")
         return min(operator.index(value), WIDEST_WINDOW)
     except TypeError as error:
-        raise TypeError(f"window_size must be two integers (left, right), got {window_size!r}") from error
+        raise WrongType(f"window_size must be two integers (left, right), got {window_size!r}") from error
 
 
 def _check_tensors(
@@ -254,7 +256,7 @@ def _check_tensors(
 def _check_layout(name: str, x: torch.Tensor, layout: str) -> None:
     rank = layout.count(",") + 1
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        raise WrongType(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.is_nested:
         raise RuntimeError(f"{name} must be a dense tensor (layout torch.strided), got a nested tensor")
     if x.layout != torch.strided:
@@ -269,25 +271,25 @@ def _check_scale(softmax_scale: float | None, head_dim: int) -> float:
     scale = _as_float("softmax_scale", softmax_scale)
     # Compared, not asked math.isfinite: torch.compile traces a symbolic float through comparisons alone.
     if not -math.inf < scale < math.inf:
-        raise ValueError(f"softmax_scale must be finite, got {scale}")
+        raise WrongValue(f"softmax_scale must be finite, got {scale}")
     if scale != 0.0 and not (SMALLEST <= scale <= LARGEST or -LARGEST <= scale <= -SMALLEST):
-        raise ValueError(f"softmax_scale must be 0.0 or of a size from {SMALLEST} to {LARGEST}, got {scale}")
+        raise WrongValue(f"softmax_scale must be 0.0 or of a size from {SMALLEST} to {LARGEST}, got {scale}")
     return scale
 
 
 def _check_softcap(softcap: float) -> float:
     value = _as_float("softcap", softcap)
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"softcap must be finite and at least 0.0 (0.0 is off), got {value}")
+        raise WrongValue(f"softcap must be finite and at least 0.0 (0.0 is off), got {value}")
     if value != 0.0 and not SMALLEST <= value <= LARGEST:
-        raise ValueError(f"softcap must be 0.0 (off) or from {SMALLEST} to {LARGEST}, got {value}")
+        raise WrongValue(f"softcap must be 0.0 (off) or from {SMALLEST} to {LARGEST}, got {value}")
     return value
 
 
 def _check_dropout(dropout_p: float) -> float:
     value = _as_float("dropout_p", dropout_p)
     if not 0.0 <= value < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {value}")
+        raise WrongValue(f"dropout_p must be in [0, 1), got {value}")
     return value
 
 
@@ -295,21 +297,21 @@ def _as_float(name: str, value: Any) -> float:
     # torch.compile follows isinstance on symbolic numbers, but not hasattr.
     if isinstance(value, (float, int)) and not isinstance(value, bool):
         if isinstance(value, int) and not -(2**1000) < value < 2**1000:
-            raise ValueError(f"{name} must be finite, got an integer that no float holds")
+            raise WrongValue(f"{name} must be finite, got an integer that no float holds")
         return float(value)
     if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+        raise WrongType(f"{name} must be a number, got {type(value).__name__}: {value!r}")
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
-            raise TypeError(f"{name} must be a number, since attention has no gradient for it, got {value!r}")
+            raise WrongType(f"{name} must be a number, since attention has no gradient for it, got {value!r}")
         if value.is_meta or value.numel() != 1:
-            raise TypeError(
+            raise WrongType(
                 f"{name} must be a number, got a tensor of shape {tuple(value.shape)} on {value.device}"
             )
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}") from error
+        raise WrongType(f"{name} must be a number, got {type(value).__name__}: {value!r}") from error
 
 
 def _as_flag(name: str, value: Any) -> bool:
@@ -320,7 +322,7 @@ def _as_flag(name: str, value: Any) -> bool:
         return bool(value)
     if isinstance(value, int) and value in (0, 1):
         return value == 1
-    raise TypeError(f"{name} must be True or False, got {type(value).__name__}: {value!r}")
+    raise WrongType(f"{name} must be True or False, got {type(value).__name__}: {value!r}")
 
 
 def _check_alibi(
@@ -329,7 +331,7 @@ def _check_alibi(
     if alibi_slopes is None:
         return None
     if not isinstance(alibi_slopes, torch.Tensor):
-        raise TypeError(f"alibi_slopes must be a torch.Tensor or None, got {type(alibi_slopes).__name__}")
+        raise WrongType(f"alibi_slopes must be a torch.Tensor or None, got {type(alibi_slopes).__name__}")
     if alibi_slopes.layout != torch.strided:
         raise RuntimeError(
             f"alibi_slopes must be a dense tensor (layout torch.strided), got {alibi_slopes.layout}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import WrongType
 from ..execute import unit_last_stride
 from ..packing import check_index
 from ..replay import Replays
@@ -65,7 +66,7 @@ def apply_rotary(
         made = replay.run(*given.values())
         return made[0] if out is None else out
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        raise WrongType(f"x must be a torch.Tensor, got {type(x).__name__}")
     rank, layout = (
         (4, "(batch, seqlen, nheads, headdim)") if cu_seqlens is None else (3, "(total, nheads, headdim)")
     )
@@ -124,7 +125,7 @@ def check_angles(
     """Raise unless ``cos`` and ``sin`` are tables of angles that fit x's last dimension."""
     for name, table in zip(names, (cos, sin), strict=True):
         if not isinstance(table, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(table).__name__}")
+            raise WrongType(f"{name} must be a torch.Tensor, got {type(table).__name__}")
         if table.device != x.device:
             raise RuntimeError(
                 f"{name} must be on the device of what it turns, {x.device}, got {table.device}"

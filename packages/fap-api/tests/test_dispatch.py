@@ -156,6 +156,7 @@ def test_whoever_looks_on_is_noticed(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
 def test_transforms_and_traces_are_noticed() -> None:
     answers: list[bool] = []
 

@@ -93,6 +93,13 @@ def compile_counter():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def scalar_outputs():
+    """Let graphs hold numbers read from tensors. At its end, monkeypatch would delete the setting."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        yield
+
+
 @pytest.mark.filterwarnings("default")
 class TestCompile:
     def test_whole_graph_forward_and_backward_with_two_graphs_for_all_lengths(self, compile_counter):
@@ -133,9 +140,7 @@ class TestCompile:
         compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(q, pages, *where), attention(q, pages, *where))
 
-    def test_a_longest_length_that_the_graph_itself_computes(self, compile_counter, monkeypatch):
-        monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
-
+    def test_a_longest_length_that_the_graph_itself_computes(self, compile_counter, scalar_outputs):
         def attention(q, k, v, cu_seqlens):
             longest = cu_seqlens.diff().max()
             return fap_api.flash_attn_varlen_func(

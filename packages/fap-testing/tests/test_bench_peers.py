@@ -290,10 +290,10 @@ def test_flex_masks_are_right(monkeypatch, problem):
 def test_flex_keeps_the_graph_that_its_backward_is_timed_on(monkeypatch):
     """Compiled for a GPU, it refuses a second backward pass where this is on."""
     settings = importlib.import_module("torch._functorch.config")
-    monkeypatch.setattr(settings, "donated_buffer", True)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    FlexAttention().prefill(PREFILL, PREFILL.draw())
-    assert not settings.donated_buffer
+    with settings.patch(donated_buffer=True):
+        FlexAttention().prefill(PREFILL, PREFILL.draw())
+        assert not settings.donated_buffer
 
 
 @pytest.mark.parametrize("problem", [CAUSAL, WINDOW, VARLEN_CAUSAL, VARLEN_WINDOW, DECODE], ids=str)

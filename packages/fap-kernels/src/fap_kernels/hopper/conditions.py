@@ -11,6 +11,8 @@ from ..backward.config import padded_rows
 from .config import BACKWARD, FORWARD, choose
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..problem import AttentionProblem
     from ..target import Target
     from .config import HopperRow
@@ -19,7 +21,6 @@ __all__ = ["backward_reasons_against", "forward_reasons_against"]
 
 FEWEST_QUERIES = 65
 """Fewer fill no second warpgroup."""
-
 
 MOST_NUMBERS = 2**31
 """Of a vector of one number a query row: the TMA unit counts in 32 bits."""
@@ -31,12 +32,10 @@ def forward_reasons_against(problem: AttentionProblem, target: Target, asked_for
     Args:
         asked_for: by ``use_schedule("hopper")``, where it may also run what it is not known to be faster at.
     """
-    if target.family != "sm_90":
-        return [f"it is written for sm_90, got {target.family}"]
-    reasons = _reasons_against_both(problem)
+    own = []
     if problem.seqlen_q < FEWEST_QUERIES:
-        reasons.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
-    return reasons + _reasons_of_the_table(choose(FORWARD, problem), asked_for)
+        own.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
+    return _reasons_against(problem, target, own, FORWARD, asked_for)
 
 
 def backward_reasons_against(problem: AttentionProblem, target: Target, asked_for: bool = False) -> list[str]:
@@ -45,17 +44,24 @@ def backward_reasons_against(problem: AttentionProblem, target: Target, asked_fo
     Args:
         asked_for: by ``use_schedule("hopper")``, where it may also run what it is not known to be faster at.
     """
+    own = []
+    if problem.deterministic:
+        own.append("it adds up dQ in no fixed order, and deterministic is True")
+    if problem.batch * problem.nheads * padded_rows(problem.seqlen_q, 1) >= MOST_NUMBERS:
+        own.append(f"batch * nheads * seqlen_q, padded, must stay below {MOST_NUMBERS}")
+    return _reasons_against(problem, target, own, BACKWARD, asked_for)
+
+
+def _reasons_against(
+    problem: AttentionProblem,
+    target: Target,
+    own: list[str],
+    table: Iterable[HopperRow[Any]],
+    asked_for: bool,
+) -> list[str]:
+    """What the passes share, then the ``own`` reasons of one, then that of its table."""
     if target.family != "sm_90":
         return [f"it is written for sm_90, got {target.family}"]
-    reasons = _reasons_against_both(problem)
-    if problem.deterministic:
-        reasons.append("it adds up dQ in no fixed order, and deterministic is True")
-    if problem.batch * problem.nheads * padded_rows(problem.seqlen_q, 1) >= MOST_NUMBERS:
-        reasons.append(f"batch * nheads * seqlen_q, padded, must stay below {MOST_NUMBERS}")
-    return reasons + _reasons_of_the_table(choose(BACKWARD, problem), asked_for)
-
-
-def _reasons_against_both(problem: AttentionProblem) -> list[str]:
     reasons = []
     if not _gluon_is_here():
         reasons.append("it needs Triton 3.6 or later")
@@ -67,11 +73,11 @@ def _reasons_against_both(problem: AttentionProblem) -> list[str]:
         reasons.append("it has neither pages nor a cache")
     if problem.head_dim % 8:
         reasons.append(f"head_dim must be a multiple of 8, got {problem.head_dim}")
+    reasons += own
+    row = choose(table, problem)
+    if row.config is None or not (row.measured or asked_for):
+        reasons.append(row.why)
     return reasons
-
-
-def _reasons_of_the_table(row: HopperRow[Any], asked_for: bool) -> list[str]:
-    return [] if row.config is not None and (row.measured or asked_for) else [row.why]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from triton.compiler import ASTSource
 
 from fap_kernels.launch import UNSPECIALIZED, Launch
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -69,6 +71,25 @@ def disassemble(compiled: Compiled) -> list[str]:
             [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
         ).stdout
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);", text)
+
+
+def exponentials_between(code: list[str], outstanding: int, left: int) -> list[int]:
+    """How many there are wherever a wait for warpgroup products is followed by another one.
+
+    Args:
+        code: from :func:`disassemble`.
+        outstanding, left: the products that the first wait, and the second, leave under way.
+    """
+    waits = [
+        (number, int(match[1], 0))
+        for number, line in enumerate(code)
+        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", line))
+    ]
+    return [
+        sum("MUFU.EX2" in line for line in code[first:last])
+        for (first, before), (last, after) in itertools.pairwise(waits)
+        if (before, after) == (outstanding, left)
+    ]
 
 
 def specialize(
@@ -127,7 +148,7 @@ def _resources(compiled, chip) -> tuple[int, int, tuple[str, ...]]:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     # Triton carries a second, newer assembler, and writes newer PTX where it means to use it.
     newer = tools / "ptxas-blackwell"
-    ptxas = newer if newer.exists() and (chip == "sm_100" or triton.__version__ >= "3.8") else tools / "ptxas"
+    ptxas = newer if newer.exists() and (chip == "sm_100" or TRITON >= (3, 8)) else tools / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import Compiled, compile_launch, disassemble
+from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between
 
 from fap_kernels import AttentionProblem, explain_schedule, use_schedule
 from fap_kernels.hopper.conditions import forward_reasons_against
@@ -99,17 +97,7 @@ def test_the_exponentials_run_beside_the_product_with_the_values(head_dim: int, 
     call = {"head_dim": head_dim, "causal": causal, "seqlen_k": 16384}
     config = choose(FORWARD, describe(**call)[0]).config
     assert config is not None
-    code = disassemble(compile_forward(**call))
-    waits = [
-        (number, int(match[1], 0))
-        for number, line in enumerate(code)
-        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", line))
-    ]
-    beside = [
-        sum("MUFU.EX2" in line for line in code[first:last])
-        for (first, outstanding), (last, left) in itertools.pairwise(waits)
-        if outstanding == 1 and left == 0
-    ]
+    beside = exponentials_between(disassemble(compile_forward(**call)), 1, 0)
     # Each of the 128 threads of a warpgroup has this many of the 64 x BLOCK_N weights.
     exponentials = config.block_n // 2
     assert beside, "no step waits for its scores first and for its output later"

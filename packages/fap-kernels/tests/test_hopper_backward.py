@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import Compiled, compile_launch, disassemble
+from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between
 from test_hopper import describe, gluon_is_here
 
 from fap_kernels import explain_schedule, use_schedule
@@ -82,16 +81,8 @@ def test_the_table_has_no_other_configurations() -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=str)
 def test_the_exponentials_run_beside_the_product_with_the_values(config: BackwardConfig) -> None:
     code = disassemble(compile_backward(config, head_dim=config.width))
-    waits = [
-        (number, int(match[1], 0))
-        for number, line in enumerate(code)
-        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", line))
-    ]
-    beside = [
-        sum("MUFU.EX2" in line for line in code[first:last])
-        for (first, outstanding), (last, left) in itertools.pairwise(waits)
-        if (outstanding, left) == (1, 1)  # from S being there, beside dP, to dP being there, beside dV
-    ]
+    # From S being there, beside dP, to dP being there, beside dV.
+    beside = exponentials_between(code, 1, 1)
     # Each of the 128 threads of a warpgroup has this many of the 64 x BLOCK_M weights.
     exponentials = config.block_m // 2
     assert len(beside) == 2, "a step without a mask, of both warpgroups"

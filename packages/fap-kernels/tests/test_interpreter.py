@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-import triton
+from ahead_of_time import TRITON
 from conformance import check_case, run
 
 from fap_kernels import attention_forward, target
@@ -40,7 +40,7 @@ def test_descriptors(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "INTERPRETER", fetching)
     # The interpreters of Triton 3.4 and 3.5 ask of strides in elements what a GPU asks of strides in bytes.
     case = dataclasses.replace(case, head_dim=48)
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    if TRITON < (3, 6):
         case = dataclasses.replace(case, layout="contiguous")
     check_case(case, torch.float32, "cpu")
 

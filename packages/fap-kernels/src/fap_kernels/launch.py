@@ -33,6 +33,7 @@ __all__ = [
     "page_arguments",
     "part_arguments",
     "row_arguments",
+    "score_arguments",
     "strides_of",
 ]
 
@@ -257,15 +258,22 @@ def option_arguments(
     problem: AttentionProblem, alibi_slopes: torch.Tensor | None, rng_state: torch.Tensor | None
 ) -> dict[str, Any]:
     """The arguments by which a kernel knows the call's options; what is off is None."""
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
     dropout = problem.dropout_p > 0.0
     return {
-        "alibi_slopes": alibi_slopes,
-        "alibi_stride": problem.nheads if problem.alibi == "batch_head" else 0,
+        **score_arguments(problem, alibi_slopes),
         "rng_state": rng_state if dropout else None,
         "keep_threshold": math.floor(255 * (1.0 - problem.dropout_p)) if dropout else None,
         "keep_scale": 1.0 / (1.0 - problem.dropout_p) if dropout else None,
+    }
+
+
+def score_arguments(problem: AttentionProblem, alibi_slopes: torch.Tensor | None) -> dict[str, Any]:
+    """Those of them that a kernel without dropout takes."""
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
+    return {
+        "alibi_slopes": alibi_slopes,
+        "alibi_stride": problem.nheads if problem.alibi == "batch_head" else 0,
         "group": problem.nheads // problem.nheads_k,
         "seqlen_q": problem.seqlen_q,
         "seqlen_k": problem.seqlen_k,

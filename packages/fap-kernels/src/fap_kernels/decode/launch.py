@@ -8,7 +8,7 @@ import torch
 
 from ..cache import MOST_SPLITS
 from ..config import choose
-from ..launch import Launch, key_arguments, option_arguments, part_arguments, strides_of
+from ..launch import Launch, key_arguments, part_arguments, score_arguments, strides_of
 from ..rotary.launch import ROWS, angle_arguments, power_of_two
 from .append import kvcache_append_kernel
 from .combine import attention_combine_kernel
@@ -95,9 +95,6 @@ def plan_decode(
         share_lse = torch.empty(splits, *softmax_lse.shape, dtype=torch.float32, device=out.device)
     else:
         share_out, share_lse = out[None], softmax_lse[None]
-    options = option_arguments(problem, alibi_slopes, None)
-    for name in ("rng_state", "keep_threshold", "keep_scale"):
-        del options[name]
     sweep = Launch(
         kernel=attention_decode_kernel,
         programs=programs * splits,
@@ -114,7 +111,7 @@ def plan_decode(
             "lse_strides": share_lse[0].stride()[:2],
             "nheads_k": problem.nheads_k,
             "splits": splits,
-            **options,
+            **score_arguments(problem, alibi_slopes),
             **part,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backward.config import ROW_PADDING
-from ..launch import Launch, option_arguments, packing_arguments, strides_of
+from ..launch import Launch, packing_arguments, score_arguments, strides_of
 from .config import BACKWARD, WARPGROUP_ROWS, BackwardConfig, choose
 from .launch import tile_descriptor
 from .query_grads import hopper_query_grads_kernel
@@ -47,8 +47,6 @@ def plan_hopper_backward(
     config = config or _configured(problem)
     items = problem.batch * problem.nheads_k * -(-problem.seqlen_k // config.block_n)
     packed = problem.packed
-    options = option_arguments(problem, inputs.alibi_slopes, None)
-    dropout = ("rng_state", "keep_threshold", "keep_scale")
     return Launch(
         kernel=hopper_backward_kernel,
         programs=items,
@@ -65,7 +63,7 @@ def plan_hopper_backward(
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),
             "nheads": problem.nheads,
-            **{name: value for name, value in options.items() if name not in dropout},
+            **score_arguments(problem, inputs.alibi_slopes),
             "items": items,
             "WIDTH": config.width,
             "BLOCK_M": config.block_m,

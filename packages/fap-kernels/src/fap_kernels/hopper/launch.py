@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from ..launch import (
     Launch,
     descriptor_fields,
-    option_arguments,
     packing_arguments,
     part_arguments,
+    score_arguments,
     strides_of,
 )
 from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
@@ -125,14 +125,12 @@ def _common_arguments(
     alibi_slopes: torch.Tensor | None,
     packing: Packing | None,
 ) -> dict[str, Any]:
-    options = option_arguments(problem, alibi_slopes, None)
-    dropout = ("rng_state", "keep_threshold", "keep_scale")
     return {
         "lse": softmax_lse,
         "lse_rows": softmax_lse.shape[2],
         **packing_arguments(packing),
         "nheads": problem.nheads,
-        **{name: value for name, value in options.items() if name not in dropout},
+        **score_arguments(problem, alibi_slopes),
     }
 
 

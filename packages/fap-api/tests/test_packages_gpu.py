@@ -38,7 +38,9 @@ SUBJECT = Subject(
 )
 
 WHOLE_BLOCKS = [
-    Case(name=f"whole_blocks_{name}", batch=2, nheads=4, nheads_k=2, seqlen_q=256, head_dim=head_dim, **options)
+    Case(
+        name=f"whole_blocks_{name}", batch=2, nheads=4, nheads_k=2, seqlen_q=256, head_dim=head_dim, **options
+    )
     for head_dim in (64, 128, 256)
     for name, options in {
         f"full_{head_dim}": {"seqlen_k": 256},

@@ -16,7 +16,7 @@ from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs, plan_delta
 from fap_kernels.hopper import backward_work, work
 from fap_kernels.hopper.backward_launch import plan_query_grads
-from fap_kernels.packing import Packing
+from fap_kernels.packing import Packing, slot_count
 
 pytestmark = pytest.mark.interpreter
 FIELDS = 11
@@ -25,8 +25,8 @@ BLOCK_N = 128
 
 @triton.jit
 def list_work(
-    found, cu_seqlens_q, cu_seqlens_k, nheads, group, seqlen_q, seqlen_k, window_left, window_right, items,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    found, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
+    window_left, window_right, items, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write down what each program works on, ``(items, FIELDS)``."""
     call = work.Call(
@@ -34,6 +34,8 @@ def list_work(
         cu_seqlens_k,
         None,
         None,
+        entries,
+        slots,
         nheads,
         group,
         seqlen_q,
@@ -67,10 +69,13 @@ def programs(
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
         for lengths in (lengths_q, lengths_k)
     ]
-    items = len(lengths_q) * (nheads // group) * -(-max(lengths_k) // BLOCK_N)
+    entries, slots = None, len(lengths_k) * -(-max(lengths_k) // BLOCK_N)
+    if packed:
+        entries, slots = len(lengths_k), slot_count(sum(lengths_k), len(lengths_k), BLOCK_N)
+    items = (nheads // group) * slots
     found = torch.zeros(items, FIELDS, dtype=torch.int32)
     list_work[(items,)](
-        found, *bounds, nheads, group, max(lengths_q), max(lengths_k), *window, items,
+        found, *bounds, entries, slots, nheads, group, max(lengths_q), max(lengths_k), *window, items,
         block_m, BLOCK_N,
     )  # fmt: skip
     return found.tolist()
@@ -102,8 +107,13 @@ def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> N
         (batch, head, first)
         for batch in range(count)
         for head in range(nheads_k)
-        for first in range(0, max(lengths_k), BLOCK_N)
+        for first in range(0, lengths_k[batch], BLOCK_N)
     }
+    if packed:  # a few programs have nothing to do
+        empty = [row for row in found if row[2] >= row[4]]
+        assert len(empty) <= count * nheads_k
+        assert all(row[10] == 0 for row in empty)
+        found = [row for row in found if row[2] < row[4]]
     assert len(found) == len(expected)
     assert {tuple(row[:3]) for row in found} == expected
     for row in found:

@@ -14,6 +14,7 @@ import triton.language as tl
 from fap_kernels import AttentionProblem, attention_forward
 from fap_kernels.hopper import work
 from fap_kernels.hopper.launch import plan_redo
+from fap_kernels.packing import slot_count
 
 pytestmark = pytest.mark.interpreter
 FIELDS = 13
@@ -22,7 +23,8 @@ BLOCK_M, BLOCK_N = 128, 64
 
 @triton.jit
 def list_work(
-    found, cu_seqlens_q, cu_seqlens_k, nheads, seqlen_q, seqlen_k, window_left, window_right, items, MOST,
+    found, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, seqlen_q, seqlen_k,
+    window_left, window_right, items, MOST,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Write down each turn of a program, ``(programs, MOST, FIELDS)``."""
@@ -31,6 +33,8 @@ def list_work(
         cu_seqlens_k,
         None,
         None,
+        entries,
+        slots,
         nheads,
         1,
         seqlen_q,
@@ -67,14 +71,29 @@ def turns(
     """The turns of each of three programs."""
     programs, most = 3, 64
     tiles = -(-max(lengths_q) // BLOCK_M)
-    items = len(lengths_q) * nheads * (-(-tiles // 2) if paired else tiles)
+    entries, slots = None, len(lengths_q) * (-(-tiles // 2) if paired else tiles)
+    if packed:
+        entries, slots = len(lengths_q), slot_count(sum(lengths_q), len(lengths_q), BLOCK_M)
+    items = nheads * slots
     bounds = [
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
         for lengths in (lengths_q, lengths_k)
     ]
     found = torch.zeros(programs, most, FIELDS, dtype=torch.int32)
     list_work[(programs,)](
-        found, *bounds, nheads, max(lengths_q), max(lengths_k), *window, items, most, BLOCK_M, BLOCK_N, paired
+        found,
+        *bounds,
+        entries,
+        slots,
+        nheads,
+        max(lengths_q),
+        max(lengths_k),
+        *window,
+        items,
+        most,
+        BLOCK_M,
+        BLOCK_N,
+        paired,
     )
     return [[turn for turn in program.tolist() if turn[0]] for program in found]
 

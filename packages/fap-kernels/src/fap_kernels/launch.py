@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .head_dim import split_head_dim
+from .packing import slot_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,8 @@ MOST_ROWS = 1 << 30
 UNSPECIALIZED = (
     "nheads",
     "nheads_k",
+    "entries",
+    "slots",
     "group",
     "seqlen_q",
     "seqlen_k",
@@ -168,6 +171,23 @@ def packing_arguments(packing: Packing | None) -> dict[str, torch.Tensor | None]
     if packing is None:
         return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"))
     return dict(packing.arguments())
+
+
+def tiles_of(
+    packing: Packing | None, x: torch.Tensor, batch: int, seqlen: int, rows: int
+) -> tuple[int, dict[str, int | None]]:
+    """How many tiles of ``rows`` rows a head of ``x`` has in all entries, and what tells which is whose.
+
+    Where entries lie packed, these are the slots of :class:`fap_kernels.language.spans.Slots`.
+
+    Args:
+        x: q, or k, as the kernel takes it: packed sequences are one batch entry.
+        seqlen: of each of its entries, if they are not packed.
+    """
+    if packing is None:
+        return batch * -(-seqlen // rows), {"entries": None, "slots": None}
+    slots = slot_count(x.shape[1], packing.batch, rows)
+    return slots, {"entries": packing.batch, "slots": slots}
 
 
 def key_arguments(

@@ -13,7 +13,7 @@ from .errors import WrongType, WrongValue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["LEAST_PAGE_SIZE", "Packing", "check_block_table", "check_index", "check_length"]
+__all__ = ["LEAST_PAGE_SIZE", "Packing", "check_block_table", "check_index", "check_length", "slot_count"]
 
 LEAST_PAGE_SIZE = 16
 # The bounds of sequences are int32. A length beyond that would ask for more programs than a device has.
@@ -103,6 +103,14 @@ class Packing:
         """The tensors by name, as kernels take them."""
         for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
             yield name, getattr(self, name)
+
+
+def slot_count(rows: int, entries: int, block: int) -> int:
+    """How many slots for tiles of ``block`` rows there are in a packed batch of ``rows`` rows.
+
+    :class:`fap_kernels.language.spans.Slots` says which entry has which.
+    """
+    return (rows + entries * (block - 1)) // block if entries else 0
 
 
 def _page_size_of(k: Any) -> int:

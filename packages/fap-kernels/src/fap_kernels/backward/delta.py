@@ -14,7 +14,7 @@ from ..launch import UNSPECIALIZED
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
     softmax_lse, lse_rows, dlse, lse, delta, dq_acc,
-    cu_seqlens_q, seqused_q,
+    cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, PADDING: tl.constexpr, WIDTH: tl.constexpr,
@@ -32,7 +32,12 @@ def attention_delta_kernel(
     ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
     that follows adds dQ up, that costs no pass of its own here.
     """
-    batch, head, first = tiles.place(nheads, rows_swept, BLOCK_M, False)
+    packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
+    # The padding has tiles of its own.
+    SHARE: tl.constexpr = PADDING // BLOCK_M
+    pid = tl.program_id(0)
+    batch, head, first = tiles.place_of(pid // SHARE, nheads, rows_swept, packed, PADDING, False)
+    first += pid % SHARE * BLOCK_M
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     q_packed = q_start if cu_seqlens_q is not None else None
     if cu_seqlens_q is not None and first >= tl.cdiv(seqlen_q, PADDING) * PADDING:

@@ -27,7 +27,7 @@ def attention_dkdv_kernel(
     q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
     dout, dout_strides, dout_part0, dout_part1, lse, delta, dk, dk_strides, dv, dv_strides,
     alibi_slopes, alibi_stride, rng_state,
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads_k, group, seqlen_q, seqlen_k, rows_padded, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -35,7 +35,8 @@ def attention_dkdv_kernel(
     FOLD_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of one key tile. Grid: (batch, key head, key tile), the tile fastest."""
-    batch, head_k, first_key = tiles.place(nheads_k, seqlen_k, BLOCK_N, False)
+    packed = spans.Slots(cu_seqlens_k, entries, slots) if cu_seqlens_k is not None else None
+    batch, head_k, first_key = tiles.place(nheads_k, seqlen_k, packed, BLOCK_N, False)
     nheads = nheads_k * group
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)

@@ -22,7 +22,7 @@ def attention_dq_kernel(
     q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
     dout, dout_strides, dout_part0, dout_part1, lse, delta, dq, dq_strides,
     alibi_slopes, alibi_stride, rng_state,
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, rows_padded, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -30,7 +30,8 @@ def attention_dq_kernel(
     FOLD_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Write ``dq`` of one query tile. Grid: (batch, query head, query tile), the tile fastest."""
-    batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
+    packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
+    batch, head, first_query = tiles.place(nheads, seqlen_q, packed, BLOCK_M, window_right is not None)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)
     q_packed = q_start if cu_seqlens_q is not None else None

@@ -13,6 +13,7 @@ from ..launch import (
     part_arguments,
     row_arguments,
     strides_of,
+    tiles_of,
 )
 from .config import DELTA, DKDV, DQ, ROW_PADDING, padded_rows
 from .delta import attention_delta_kernel
@@ -67,9 +68,10 @@ def plan_delta(
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
     packing = packing_arguments(inputs.packing)
+    tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, rows_swept, ROW_PADDING)
     return Launch(
         kernel=attention_delta_kernel,
-        programs=problem.batch * problem.nheads * (rows_swept // config.block_m),
+        programs=problem.nheads * tiles * (ROW_PADDING // config.block_m),
         arguments={
             "out": out,
             "out_strides": strides_of(out),
@@ -87,6 +89,7 @@ def plan_delta(
             "rows_padded": inputs.delta.shape[2],
             "cu_seqlens_q": packing["cu_seqlens_q"],
             "seqused_q": packing["seqused_q"],
+            **slots,
             **part_arguments(problem.head_dim),
             "BLOCK_M": config.block_m,
             "PADDING": ROW_PADDING,
@@ -106,10 +109,12 @@ def plan_dkdv(
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv``; ``config`` overrides the table."""
     config = config or choose(DKDV, problem, target)
+    tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
     return Launch(
         kernel=attention_dkdv_kernel,
-        programs=problem.batch * problem.nheads_k * -(-problem.seqlen_k // config.block_n),
+        programs=problem.nheads_k * tiles,
         arguments={
+            **slots,
             **_sweep_arguments(problem, target, inputs, config),
             "dk": dk,
             "dk_strides": strides_of(dk),
@@ -130,10 +135,12 @@ def plan_dq(
 ) -> Launch:
     """The launch that fills ``dq``; ``config`` overrides the table."""
     config = config or choose(DQ, problem, target)
+    tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, problem.seqlen_q, config.block_m)
     return Launch(
         kernel=attention_dq_kernel,
-        programs=problem.batch * problem.nheads * -(-problem.seqlen_q // config.block_m),
+        programs=problem.nheads * tiles,
         arguments={
+            **slots,
             **_sweep_arguments(problem, target, inputs, config),
             "dq": dq,
             "dq_strides": strides_of(dq),

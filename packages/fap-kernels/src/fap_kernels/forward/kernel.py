@@ -24,7 +24,7 @@ from ..launch import UNSPECIALIZED
 def attention_forward_kernel(
     q, q_strides, q_part0, q_part1, k, k_strides, k_part0, k_part1, v, v_strides, v_part0, v_part1,
     out, out_strides, lse, lse_rows, alibi_slopes, alibi_stride, rng_state,
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     cache_batch_idx, cache_leftpad, cache_rows, rows_added, block_table, table_stride, page_bits,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right,
     softmax_scale, softcap, keep_threshold, keep_scale,
@@ -37,7 +37,8 @@ def attention_forward_kernel(
     Grid: one program for each (batch, query head, query tile), the tile fastest, so that programs
     that run together share their keys in L2.
     """
-    batch, head, first_query = tiles.place(nheads, seqlen_q, BLOCK_M, window_right is not None)
+    packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
+    batch, head, first_query = tiles.place(nheads, seqlen_q, packed, BLOCK_M, window_right is not None)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     capacity = seqlen_k
     k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)

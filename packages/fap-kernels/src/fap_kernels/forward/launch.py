@@ -15,6 +15,7 @@ from ..launch import (
     part_arguments,
     row_arguments,
     strides_of,
+    tiles_of,
 )
 from .config import FORWARD, PROBABILITIES
 from .kernel import attention_forward_kernel
@@ -58,13 +59,14 @@ def plan_forward(
     use_descriptors = descriptors_fit(target, q, k, v)
     part = part_arguments(problem.head_dim)
     sizes = part["PART0"], part["PART1"]
-    tiles = -(-problem.seqlen_q // config.block_m)
+    tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, config.block_m)
     return Launch(
         kernel=attention_forward_kernel,
-        programs=problem.batch * problem.nheads * tiles,
+        programs=problem.nheads * tiles,
         arguments={
             **row_arguments("q", q, config.block_m, sizes, use_descriptors, problem.packed),
             **packing_arguments(packing),
+            **slots,
             **key_arguments(k, v, config.block_n, sizes, target, packing, cache),
             "out": out,
             "out_strides": strides_of(out),

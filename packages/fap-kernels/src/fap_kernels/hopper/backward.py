@@ -91,7 +91,7 @@ class Operands(NamedTuple):
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_kernel(
     q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
-    rows_padded, alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    rows_padded, alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
@@ -101,7 +101,7 @@ def hopper_backward_kernel(
     Grid: (batch, key head, key tile), the tile fastest.
     """
     call = work.Call(
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, nheads, group, seqlen_q, seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
         window_left, window_right, items,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backward.config import ROW_PADDING
-from ..launch import Launch, packing_arguments, score_arguments, strides_of
+from ..launch import Launch, packing_arguments, score_arguments, strides_of, tiles_of
 from .config import BACKWARD, WARPGROUP_ROWS, BackwardConfig, choose
 from .launch import tile_descriptor
 from .query_grads import hopper_query_grads_kernel
@@ -45,7 +45,8 @@ def plan_hopper_backward(
     from .backward import hopper_backward_kernel
 
     config = config or _configured(problem)
-    items = problem.batch * problem.nheads_k * -(-problem.seqlen_k // config.block_n)
+    tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
+    items = problem.nheads_k * tiles
     packed = problem.packed
     return Launch(
         kernel=hopper_backward_kernel,
@@ -62,6 +63,7 @@ def plan_hopper_backward(
             "dq_acc_part0": _plain_descriptor(dq_acc, [WARPGROUP_ROWS**2 // LINE, LINE]),
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),
+            **slots,
             "nheads": problem.nheads,
             **score_arguments(problem, inputs.alibi_slopes),
             "items": items,
@@ -80,15 +82,17 @@ def plan_query_grads(
 ) -> Launch:
     """The launch that fills ``dq`` from ``dq_acc``."""
     packing = packing_arguments(inputs.packing)
+    tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, problem.seqlen_q, WARPGROUP_ROWS)
     return Launch(
         kernel=hopper_query_grads_kernel,
-        programs=problem.batch * problem.nheads * -(-problem.seqlen_q // WARPGROUP_ROWS),
+        programs=problem.nheads * tiles,
         arguments={
             "dq_acc": dq_acc,
             "dq": dq,
             "dq_strides": strides_of(dq),
             "cu_seqlens_q": packing["cu_seqlens_q"],
             "seqused_q": packing["seqused_q"],
+            **slots,
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
             "rows_padded": dq_acc.shape[2],

@@ -50,7 +50,12 @@ def key_tile_of(call, index, BLOCK_N: tl.constexpr):
 
     Under a causal mask a head's first keys have the most work, and come first.
     """
-    batch, head_k, first_key = tiles.place_of(index, call.nheads // call.group, call.seqlen_k, BLOCK_N, False)
+    packed = (
+        spans.Slots(call.cu_seqlens_k, call.entries, call.slots) if call.cu_seqlens_k is not None else None
+    )
+    batch, head_k, first_key = tiles.place_of(
+        index, call.nheads // call.group, call.seqlen_k, packed, BLOCK_N, False
+    )
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
     return KeyTile(batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)

@@ -73,7 +73,7 @@ class Operands(NamedTuple):
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_forward_kernel(
     q_part0, k_part0, v_part0, out_part0, lse, lse_rows, alibi_slopes, alibi_stride,
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
@@ -85,7 +85,7 @@ def hopper_forward_kernel(
     takes items p, p + programs, ...
     """
     call = work.Call(
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, nheads, group, seqlen_q, seqlen_k,
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
         window_left, window_right, items,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)

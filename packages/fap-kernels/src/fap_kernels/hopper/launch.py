@@ -11,6 +11,7 @@ from ..launch import (
     part_arguments,
     score_arguments,
     strides_of,
+    tiles_of,
 )
 from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
@@ -50,9 +51,12 @@ def plan_hopper_forward(
         raise LookupError(f"the table hands {problem} to the portable kernel")
     common = _common_arguments(problem, softmax_lse, alibi_slopes, packing)
     block_m = WARPGROUP_ROWS * config.warpgroups
-    tiles = -(-problem.seqlen_q // block_m)
-    items = problem.batch * problem.nheads * (-(-tiles // 2) if config.paired else tiles)
     packed = problem.packed
+    if packed and config.paired:
+        raise ValueError("packed sequences have different lengths, and so no pairs of equal work")
+    rows = 2 * block_m if config.paired else block_m
+    tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, rows)
+    items = problem.nheads * tiles
     forward = Launch(
         kernel=hopper_forward_kernel,
         programs=min(processors * config.beside, items) if config.persistent else items,
@@ -62,6 +66,7 @@ def plan_hopper_forward(
             "v_part0": tile_descriptor(v, config.block_n, config.width, packed),
             "out_part0": tile_descriptor(out, WARPGROUP_ROWS, config.width, packed),
             **common,
+            **slots,
             "items": items,
             "WIDTH": config.width,
             "BLOCK_N": config.block_n,
@@ -97,7 +102,8 @@ def plan_redo(
         overlap: start while the kernel before it still runs, and wait for it.
     """
     redo = next(config for head_dim, config in REDO.items() if problem.head_dim <= head_dim)
-    tiles = problem.batch * problem.nheads * -(-problem.seqlen_q // redo.block_m)
+    tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, redo.block_m)
+    tiles *= problem.nheads
     tensors = {"q": q, "k": k, "v": v, "out": out}
     return Launch(
         kernel=hopper_redo_kernel,
@@ -106,6 +112,7 @@ def plan_redo(
             **tensors,
             **{f"{name}_strides": strides_of(x) for name, x in tensors.items()},
             **_common_arguments(problem, softmax_lse, alibi_slopes, packing),
+            **slots,
             "tile_count": tiles,
             **part_arguments(problem.head_dim),
             "BLOCK_M": redo.block_m,

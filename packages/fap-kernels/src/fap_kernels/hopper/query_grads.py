@@ -14,7 +14,7 @@ ROWS: tl.constexpr = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_query_grads_kernel(
-    dq_acc, dq, dq_strides, cu_seqlens_q, seqused_q,
+    dq_acc, dq, dq_strides, cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_padded, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
@@ -23,7 +23,8 @@ def hopper_query_grads_kernel(
     ``dq_acc`` is float32 ``(batch, nheads, rows_padded, WIDTH)``, batch 1 where packed, in tiles of 64 x 64,
     those of the same rows one after the other.
     """
-    batch, head, first = tiles.place(nheads, seqlen_q, ROWS, False)
+    packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
+    batch, head, first = tiles.place(nheads, seqlen_q, packed, ROWS, False)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     if cu_seqlens_q is not None and first >= seqlen_q:
         return

@@ -17,7 +17,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_redo_kernel(
     q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, lse_rows,
-    alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, tile_count, window_left, window_right, softmax_scale, softcap,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FOLD_SCALE: tl.constexpr,
@@ -29,7 +29,8 @@ def hopper_redo_kernel(
     """
     first = tl.program_id(0) * SCAN
     index = tl.minimum(first + tl.arange(0, SCAN), tile_count - 1)
-    batch, head, first_query = tiles.place_of(index, nheads, seqlen_q, BLOCK_M, False)
+    packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
+    batch, head, first_query = tiles.place_of(index, nheads, seqlen_q, packed, BLOCK_M, False)
     q_batch, q_start, length = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     row = first_query[:, None] + tl.arange(0, BLOCK_M)[None, :]
     exists = row < (length + index * 0)[:, None]
@@ -41,7 +42,7 @@ def hopper_redo_kernel(
         for number in range(first, tl.minimum(first + SCAN, tile_count)):
             _redo(
                 number, q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, lse_rows,
-                alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+                alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
                 nheads, group, seqlen_q, seqlen_k, window_left, window_right, softmax_scale, softcap,
                 HEAD_DIM, PART0, PART1, BLOCK_M, BLOCK_N, STAGES, FOLD_SCALE,
             )  # fmt: skip
@@ -50,13 +51,14 @@ def hopper_redo_kernel(
 @triton.jit
 def _redo(
     number, q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, lse_rows,
-    alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right, softmax_scale, softcap,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FOLD_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Compute query tile ``number`` if it is marked."""
-    batch, head, first_query = tiles.place_of(number, nheads, seqlen_q, BLOCK_M, False)
+    packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
+    batch, head, first_query = tiles.place_of(number, nheads, seqlen_q, packed, BLOCK_M, False)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(cu_seqlens_k, seqused_k, seqlen_k, batch)
     entry_lse = rows.vector_of(lse, (nheads * lse_rows, lse_rows), q_batch, head, q_start)

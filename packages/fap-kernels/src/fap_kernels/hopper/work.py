@@ -22,6 +22,8 @@ class Call(NamedTuple):
 
     Fields:
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k: where packed sequences lie, or None.
+        entries, slots: how many sequences there are, and slots for the tiles that are handed out, as
+            :class:`fap_kernels.language.spans.Slots` says; None where they are not packed.
         nheads, group: query heads, and how many of them share a key head.
         seqlen_q, seqlen_k: the lengths, or what no packed sequence exceeds.
         window_left, window_right: as in :class:`fap_kernels.language.masks.Window`.
@@ -32,6 +34,8 @@ class Call(NamedTuple):
     cu_seqlens_k: Any
     seqused_q: Any
     seqused_k: Any
+    entries: Any
+    slots: Any
     nheads: Any
     group: Any
     seqlen_q: Any
@@ -92,11 +96,13 @@ def item_of(turn, PAIRED: tl.constexpr):
 def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
     """Batch entry, head and first query of a turn, and whether there is such a tile.
 
-    With ``PAIRED`` an item is the n-th query tile from the end of a sequence and the n-th from its start:
-    under a causal mask all pairs have the same work, and programs that take equally many end together.
+    With ``PAIRED``, for sequences that are not packed, an item is the n-th query tile from the end of a
+    sequence and the n-th from its start: under a causal mask all pairs have the same work, and programs that
+    take equally many end together.
     """
     item = tl.minimum(item_of(turn, PAIRED), call.items - 1)
     if PAIRED:
+        tl.static_assert(call.cu_seqlens_q is None, "sequences of different lengths have no pairs")
         count = tl.cdiv(call.seqlen_q, BLOCK_M)
         pairs = tl.cdiv(count, 2)
         number = item % pairs
@@ -107,8 +113,11 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
         first_query = tl.where(late, opposite, number) * BLOCK_M
         return row // call.nheads, row % call.nheads, first_query, exists
     else:
+        packed = None
+        if call.cu_seqlens_q is not None:
+            packed = spans.Slots(call.cu_seqlens_q, call.entries, call.slots)
         batch, head, first_query = tiles.place_of(
-            item, call.nheads, call.seqlen_q, BLOCK_M, call.window_right is not None
+            item, call.nheads, call.seqlen_q, packed, BLOCK_M, call.window_right is not None
         )
         return batch, head, first_query, item >= 0  # always there: next_tile wants a tensor
 

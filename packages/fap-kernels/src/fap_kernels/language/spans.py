@@ -2,8 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Slots(NamedTuple):
+    """How tiles are numbered where entries of different lengths lie packed.
+
+    Entry b has the slots from ``(cu_seqlens[b] + b * (BLOCK - 1)) // BLOCK`` up to that of entry b + 1. These
+    are as many as it has tiles, or one more: so the host knows how many there are in all from the number of
+    rows and entries alone, and a program finds its entry without adding up the lengths of those before it.
+
+    Fields:
+        cu_seqlens: where entries start.
+        entries: how many there are.
+        count: slots in all, ``fap_kernels.packing.slot_count``.
+    """
+
+    cu_seqlens: Any
+    entries: Any
+    count: Any
+
+
+@triton.jit
+def entry_of(slots, slot, BLOCK: tl.constexpr):
+    """Which entry has a slot, or each of several; which of its slots that is; and how many it has.
+
+    A slot that no entry has is said to be the first one behind an entry's last.
+    """
+    batch = slot * 0
+    width = slots.entries
+    while width > 1:
+        half = width // 2
+        batch = tl.where(_first_slot(slots, batch + half, BLOCK) <= slot, batch + half, batch)
+        width -= half
+    first = _first_slot(slots, batch, BLOCK)
+    count = _first_slot(slots, batch + 1, BLOCK) - first
+    tile = slot - first
+    return batch, tl.where((tile >= 0) & (tile < count), tile, count), count
+
+
+@triton.jit
+def _first_slot(slots, batch, BLOCK: tl.constexpr):
+    return (tl.load(slots.cu_seqlens + batch) + batch * (BLOCK - 1)) // BLOCK
 
 
 @triton.jit

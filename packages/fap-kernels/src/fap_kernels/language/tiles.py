@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from . import spans
+
 
 class Visit(NamedTuple):
     """Positions to sweep: ``[start, inner)`` masked, ``[inner, outer)`` not, ``[outer, end)`` masked."""
@@ -18,24 +20,35 @@ class Visit(NamedTuple):
 
 
 @triton.jit
-def place(nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """This program's batch entry, head and first row, on a grid with the tile as fastest index."""
-    return place_of(tl.program_id(0), nheads, length, BLOCK, LAST_FIRST)
+def place(nheads, length, packed, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """This program's batch entry, head and first row; see :func:`place_of`."""
+    return place_of(tl.program_id(0), nheads, length, packed, BLOCK, LAST_FIRST)
 
 
 @triton.jit
-def place_of(index, nheads, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+def place_of(index, nheads, length, packed, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Batch entry, head and first row of tile number ``index``, the tile of a head being the fastest index.
 
     ``LAST_FIRST`` starts with the sequence's end: under causal attention those query tiles have the
     most work, and the short ones fill the gaps at the end of the launch.
+
+    Args:
+        packed: a :class:`fap_kernels.language.spans.Slots` where entries lie packed, else None. A few slots
+            are empty there: their first row lies beyond the entry's end.
     """
-    count = tl.cdiv(length, BLOCK)
-    tile = index % count
-    if LAST_FIRST:
-        tile = count - 1 - tile
-    row = index // count
-    return row // nheads, row % nheads, tile * BLOCK
+    if packed is not None:
+        head = index // packed.count
+        batch, tile, count = spans.entry_of(packed, index % packed.count, BLOCK)
+        if LAST_FIRST:
+            tile = tl.where(tile < count, count - 1 - tile, tile)
+        return batch, head, tile * BLOCK
+    else:
+        count = tl.cdiv(length, BLOCK)
+        tile = index % count
+        if LAST_FIRST:
+            tile = count - 1 - tile
+        row = index // count
+        return row // nheads, row % nheads, tile * BLOCK
 
 
 @triton.jit

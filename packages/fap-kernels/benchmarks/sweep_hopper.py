@@ -1,0 +1,240 @@
+"""Time candidate configurations of the Hopper forward: what its table was chosen from.
+
+    python packages/fap-kernels/benchmarks/sweep_hopper.py "128 causal 512: 128,2,64,4 128,1,64,2,beside=2" ...
+
+A point is a head dimension, a mask, and a length: a number is that of each of the sequences, which then are
+batch entries; ``packed2048`` packs 32 of 2048 one behind the other, ``mixed`` 65,536 tokens in lengths drawn
+from a log-normal. A configuration is width,warpgroups,block_n,stages and fields of HopperConfig by name, as
+in ``persistent`` or ``beside=2``. All are compiled first, in as many processes as there are cores, then timed
+in turn, beside what the table says, the portable kernel, and where sequences are batch entries cuDNN. A
+configuration is right if it agrees with the portable kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import statistics
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from timing import WIDTH, Shape, heat, make_inputs, median, relative_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fap_kernels import use_schedule
+from fap_kernels.forward.launch import plan_forward
+from fap_kernels.hopper.config import FORWARD, HopperConfig, choose
+from fap_kernels.hopper.launch import plan_hopper_forward
+from fap_kernels.packing import Packing
+from fap_kernels.problem import AttentionProblem
+from fap_kernels.target import processors_of, target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOKENS_PACKED = 65536
+ROUNDS = 3
+
+
+class Task(NamedTuple):
+    """A point, as it was written, and the configurations to time there."""
+
+    head_dim: int
+    causal: bool
+    length: str
+    configs: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        point, _, configs = text.partition(":")
+        head_dim, mask, length = point.split()
+        return cls(int(head_dim), mask == "causal", length, tuple(configs.split()))
+
+    @property
+    def name(self) -> str:
+        return f"d{self.head_dim} {'causal' if self.causal else 'full'} {self.length}"
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Of packed sequences, or None."""
+        if self.length == "mixed":
+            return draw_lengths(TOKENS_PACKED)
+        if self.length.startswith("packed"):
+            length = int(self.length.removeprefix("packed"))
+            return [length] * (TOKENS_PACKED // length)
+        return None
+
+
+def draw_lengths(tokens: int) -> list[int]:
+    """Lengths from a log-normal whose median is 1000, the last cut to fit; the same each time."""
+    rng, lengths = random.Random(0), []
+    while sum(lengths) < tokens:
+        lengths.append(min(max(int(rng.lognormvariate(math.log(1000.0), 1.0)), 1), tokens - sum(lengths)))
+    return lengths
+
+
+def parse_config(text: str) -> HopperConfig:
+    numbers, options = [], {}
+    names = {field.name for field in fields(HopperConfig)}
+    for word in text.split(","):
+        name, _, value = word.partition("=")
+        if word.isdigit():
+            numbers.append(int(word))
+        elif name.removeprefix("no_") in names:
+            options[name.removeprefix("no_")] = int(value) if value else not name.startswith("no_")
+        else:
+            raise ValueError(f"{word!r} in {text!r} is neither a number nor a field of HopperConfig")
+    return HopperConfig(*numbers, **options)
+
+
+class Point:
+    """The tensors of a task, and what runs on them."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        lengths, packing, options = task.lengths, None, {"causal": task.causal}
+        nheads = max(WIDTH // task.head_dim, 1)
+        if lengths is None:
+            shape = Shape(task.head_dim, int(task.length), task.causal)
+            self.q, self.k, self.v, _ = make_inputs(shape)
+            self.flops = shape.flops
+            self.problem = AttentionProblem.describe(self.q, self.k, self.v, **options)
+        else:
+            generator = torch.Generator("cuda").manual_seed(0)
+            size = (sum(lengths), nheads, task.head_dim)
+            q, k, v = (
+                torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(3)
+            )
+            bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+            packing = Packing.describe(q, k, bounds, bounds, max(lengths), max(lengths))
+            self.problem = AttentionProblem.describe(q, k, v, packing=packing, **options)
+            self.q, self.k, self.v = q[None], k[None], v[None]
+            share = 0.5 if task.causal else 1.0
+            self.flops = sum(4 * nheads * n * n * task.head_dim * share for n in lengths)
+        self.packing = packing
+        self.out = torch.empty_like(self.q)
+        self.lse = torch.empty(
+            self.q.shape[0], self.q.shape[2], self.q.shape[1], device="cuda", dtype=torch.float32
+        )
+
+    def portable(self) -> Callable[[], Any]:
+        target = target_of(self.q.device)
+        launch = plan_forward(
+            self.problem, target, self.q, self.k, self.v, self.out, self.lse, None, None, self.packing
+        )
+        return lambda: launch.run(self.q.device)
+
+    def hopper(self, config: HopperConfig | None) -> Callable[[], Any]:
+        processors = processors_of(self.q.device)
+        launches = plan_hopper_forward(
+            self.problem, processors, self.q, self.k, self.v, self.out, self.lse, None, self.packing, config
+        )
+        return lambda: [launch.run(self.q.device) for launch in launches]
+
+    def cudnn(self) -> Callable[[], Any]:
+        q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
+
+        def run() -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.task.causal)
+
+        return run
+
+    def candidates(self) -> dict[str, Callable[[], Any] | str]:
+        """What is to be timed, by name, or why it cannot be."""
+        makers: dict[str, Callable[[], Any]] = {"portable": self.portable}
+        if self.packing is None:
+            makers["cudnn"] = self.cudnn
+        with use_schedule("hopper"):
+            if choose(FORWARD, self.problem).config is not None:
+                makers["table"] = lambda: self.hopper(None)
+        for text in self.task.configs:
+            makers[text] = lambda text=text: self.hopper(parse_config(text))
+        made: dict[str, Callable[[], Any] | str] = {}
+        for name, make in makers.items():
+            try:
+                run = make()
+                run()
+                torch.cuda.synchronize()
+                made[name] = run
+            except Exception as error:  # noqa: BLE001, PERF203 - too much shared memory: the others still count
+                made[name] = f"{type(error).__name__}: {str(error)[:90]}"
+        return made
+
+
+def compile_all(tasks: list[Task]) -> None:
+    """Fill Triton's cache; what does not compile is reported when it is timed."""
+    jobs = [task._replace(configs=(config,)) for task in tasks for config in (*task.configs, "")]
+    processes = []
+    context = multiprocessing.get_context("spawn")
+    share = math.ceil(len(jobs) / (os.cpu_count() or 1))
+    for first in range(0, len(jobs), share):
+        processes.append(context.Process(target=_compile, args=(jobs[first : first + share],)))
+        processes[-1].start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+
+
+def _compile(jobs: list[Task]) -> None:
+    for job in jobs:
+        point = Point(job._replace(configs=()))
+        (config,) = job.configs
+        run = (
+            point.candidates
+            if not config
+            else lambda point=point, text=config: point.hopper(parse_config(text))()
+        )
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001
+            print(f"{job.name} {config}: {error}"[:200], flush=True)
+    torch.cuda.synchronize()
+
+
+def measure(task: Task) -> None:
+    point = Point(task)
+    candidates = point.candidates()
+    portable = candidates["portable"]
+    assert not isinstance(portable, str), portable
+    portable()
+    expected = point.out.clone()
+    times: dict[str, list[float]] = {name: [] for name, run in candidates.items() if not isinstance(run, str)}
+    for _ in range(ROUNDS):
+        for name, samples in times.items():
+            samples.append(median(candidates[name], 25))  # type: ignore[arg-type]
+    print(task.name)
+    for name, run in candidates.items():
+        if isinstance(run, str):
+            print(f"    {name:60} {run}", flush=True)
+            continue
+        milliseconds = statistics.median(times[name])
+        wrong = ""
+        if name != "cudnn":
+            point.out.fill_(torch.nan)
+            run()
+            error = relative_error(point.out, expected)
+            wrong = "" if error < 1e-2 else f"  WRONG {error:.1e}"
+        speed = point.flops / milliseconds * 1e-9
+        print(f"    {name:60} {milliseconds:8.4f} ms {speed:6.0f} TFLOP/s{wrong}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="+", type=Task.parse, metavar="POINT: CONFIG ...")
+    tasks = parser.parse_args().tasks
+    compile_all(tasks)
+    heat()
+    for task in tasks:
+        measure(task)
+
+
+if __name__ == "__main__":
+    main()

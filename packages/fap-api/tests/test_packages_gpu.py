@@ -11,6 +11,7 @@ from fap_testing.cases import Case, select
 from fap_testing.conformance import AttentionConformance, Subject, check_case
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # its import has some
     pytest.mark.gpu,
     pytest.mark.skipif(not importable("flag_gems"), reason="needs FlagGems: pip install 'fap-api[flaggems]'"),
 ]

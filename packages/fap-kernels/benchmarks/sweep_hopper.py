@@ -1,6 +1,6 @@
 """Time candidate configurations of the Hopper forward: what its table was chosen from.
 
-    python packages/fap-kernels/benchmarks/sweep_hopper.py "128 causal 512: 128,2,64,4 128,1,64,2,beside=2" ...
+    python packages/fap-kernels/benchmarks/sweep_hopper.py "128 causal 512: 128,2,64,4 128,2,128,2" ...
 
 A point is a head dimension, a mask, and a length: a number is that of each of the sequences, which then are
 batch entries; ``packed2048`` packs 32 of 2048 one behind the other, ``mixed`` 65,536 tokens in lengths drawn

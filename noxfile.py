@@ -69,6 +69,20 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Run ten thousand random problems on a Hopper GPU, in batches under a timeout; `-- --seed 1`: others."""
+    install_workspace(session, "test")
+    session.run("python", "packages/fap-kernels/tests/soak.py", *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run every shipped configuration under compute-sanitizer on a Hopper GPU; after `--` come its tools."""
+    install_workspace(session, "test")
+    session.run("python", "packages/fap-kernels/tests/sanitize.py", *session.posargs)
+
+
+@nox.session
 def flash_attn_suite(session: nox.Session) -> None:
     """Run a sample of flash-attn's own tests on a GPU; after `--` come their file and options to pytest."""
     install_workspace(session, "flash-attn-suite")

@@ -1,15 +1,21 @@
-"""One process of test_distributed.py: ``distributed_rank.py RANK WORLD_SIZE STORE``."""
+"""One process of test_distributed.py: ``distributed_rank.py RANK WORLD_SIZE STORE cpu|cuda``."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
+from counted import counted_passes
 from torch.distributed.device_mesh import init_device_mesh
 
 import fap_api
+from fap_api.backends.torch_ import TorchBackend
+from fap_api.backends.triton import TritonBackend
+from fap_api.integrations import sdpa
 from fap_api.integrations.context_parallel import (
     context_parallel_attention,
     shard_sequence,
@@ -17,11 +23,35 @@ from fap_api.integrations.context_parallel import (
 )
 
 
-def check(mesh, method, causal, nheads_k, dtype=torch.float32):
+@dataclass(frozen=True)
+class Setting:
+    """What the processes compute on, and tensors that are small for it."""
+
+    device: str
+    group: str
+    backend: type
+    dtype: torch.dtype
+    seqlen: int
+    headdim: int
+
+
+SETTINGS = {
+    "cpu": Setting("cpu", "gloo", TorchBackend, torch.float32, 16, 8),
+    "cuda": Setting("cuda", "nccl", TritonBackend, torch.bfloat16, 1024, 64),
+}
+
+
+def tolerances(dtype):
+    return {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+
+
+def check(mesh, setting, method, causal, nheads_k, dtype):
     """Compare output and gradients of the parts with those of the whole, which every process draws alike."""
     torch.manual_seed(7)
-    whole = [torch.randn(2, 16, heads, 8, dtype=dtype) for heads in (4, nheads_k, nheads_k)]
-    dout = torch.randn(2, 16, 4, 8, dtype=dtype)
+    heads, shape = (4, nheads_k, nheads_k, 4), (2, setting.seqlen, setting.headdim)
+    *whole, dout = (
+        torch.randn(shape[0], shape[1], n, shape[2], dtype=dtype, device=setting.device) for n in heads
+    )
     parts = [shard_sequence(x, mesh).requires_grad_() for x in whole]
     out = context_parallel_attention(*parts, mesh=mesh, method=method, causal=causal, softmax_scale=0.4)
     got = out, *torch.autograd.grad(out, parts, shard_sequence(dout, mesh))
@@ -29,14 +59,13 @@ def check(mesh, method, causal, nheads_k, dtype=torch.float32):
     whole = [x.requires_grad_() for x in whole]
     right = fap_api.flash_attn_func(*whole, causal=causal, softmax_scale=0.4)
     expected = right, *torch.autograd.grad(right, whole, dout)
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == y.dtype == dtype
-        torch.testing.assert_close(unshard_sequence(x, mesh), y.detach(), **tolerance)
+        torch.testing.assert_close(unshard_sequence(x, mesh), y.detach(), **tolerances(dtype))
 
 
-def check_refusals(mesh):
-    x = torch.randn(2, 3, 3, 8)
+def check_refusals(mesh, setting):
+    x = torch.randn(2, 3, 3, 8, device=setting.device)
     with pytest.raises(ValueError, match="method must be 'ring' or 'ulysses', got 'star'"):
         context_parallel_attention(x, x, x, mesh=mesh, method="star")
     with pytest.raises(ValueError, match="two chunks of equal length.*got 3 tokens"):
@@ -49,7 +78,7 @@ def check_refusals(mesh):
         shard_sequence(x, mesh)
 
 
-def check_dtensors(mesh):
+def check_dtensors(mesh, setting):
     """Shards of batches and of heads give the whole's results, without a word between the processes."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
@@ -58,9 +87,11 @@ def check_dtensors(mesh):
 
     fap_api.integrations.dtensor.register()
     torch.manual_seed(7)
-    q, k, v = (torch.randn(4, 6, heads, 8) for heads in (8, 4, 4))
-    slopes, dout = torch.rand(8), torch.randn(4, 6, 8, 8)
-    bounds = torch.tensor([0, 5, 5, 24], dtype=torch.int32)
+    seqlen, options = setting.seqlen // 2, {"dtype": setting.dtype, "device": setting.device}
+    q, k, v, dout = (torch.randn(4, seqlen, heads, setting.headdim, **options) for heads in (8, 4, 4, 8))
+    slopes = torch.rand(8, device=setting.device)
+    first, total = seqlen - 1, 4 * seqlen
+    bounds = torch.tensor([0, first, first, total], dtype=torch.int32, device=setting.device)
 
     def dense(q, k, v, slopes, bounds):
         return fap_api.flash_attn_func(q, k, v, causal=True, alibi_slopes=slopes, return_attn_probs=True)[:2]
@@ -68,7 +99,8 @@ def check_dtensors(mesh):
     def packed(q, k, v, slopes, bounds):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         options = {"causal": True, "alibi_slopes": slopes, "return_attn_probs": True}
-        return fap_api.flash_attn_varlen_func(q, k, v, bounds, bounds, 19, 19, **options)[:2]
+        longest = total - first
+        return fap_api.flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, **options)[:2]
 
     heads, batches = Shard(2), Shard(0)
     for attend, cut, out_cut, lse_cut in (
@@ -83,19 +115,20 @@ def check_dtensors(mesh):
             distribute_tensor(bounds, mesh, [Replicate()]),
         ]
         weight = distribute_tensor(dout if attend is dense else dout.flatten(0, 1), mesh, [out_cut])
-        with CommDebugMode() as spoken:
+        with CommDebugMode() as spoken, counted_passes(setting.backend) as ran:
             out, lse = attend(*inputs, *shared)
             loss = (out * weight).to_local().sum() + lse.to_local().sum()
             gradients = torch.autograd.grad(loss, inputs)
         assert out.placements == (out_cut,)
         assert lse.placements == (lse_cut,)
         assert spoken.get_total_counts() == 0
+        assert ran == (["forward", "backward"] if attend is dense else ["varlen_forward", "varlen_backward"])
 
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
         right, right_lse = attend(*whole, *extras)
         expected = torch.autograd.grad((right * dout.view(right.shape)).sum() + right_lse.sum(), whole)
         for x, y in zip((out, lse, *gradients), (right, right_lse, *expected), strict=True):
-            torch.testing.assert_close(x.full_tensor(), y.detach() if not y.is_leaf else y)
+            torch.testing.assert_close(x.full_tensor(), y.detach(), **tolerances(setting.dtype))
 
     dropped = [distribute_tensor(x, mesh, [heads]) for x in (q, k, v)]
     with pytest.raises(RuntimeError, match="dropout_p must be 0.0 for DTensors, got 0.5"):
@@ -111,60 +144,84 @@ def check_dtensors(mesh):
     assert fap_api.flash_attn_func(*dropped, causal=True).placements == (heads,)
 
 
-def check_torchs_own(mesh):
-    """PyTorch's context_parallel attends by its FlashAttention operators, and so here where they are ours.
+@contextmanager
+def activated(device):
+    """PyTorch's FlashAttention operators are ours meanwhile."""
+    from torch.nn import attention
 
-    For CPU tensors scaled_dot_product_attention never takes these operators, so they are called by name.
+    if device == "cpu":
+        handle = sdpa._activate("CPU")
+        yield
+        handle.remove()
+    else:
+        sdpa.register()
+        attention.activate_flash_attention_impl(sdpa.NAME)
+        yield
+        sdpa.unregister()
+
+
+def attend_by_torch(mesh, device, parts):
+    """Causal attention as torch's context_parallel has it.
+
+    For CPU tensors scaled_dot_product_attention never takes the FlashAttention operators, so there they are
+    called by name.
     """
-    import torch.nn.attention
     from torch.distributed.tensor import DTensor, Shard
-    from torch.distributed.tensor.experimental import context_parallel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from fap_api.backends.torch_ import TorchBackend
-    from fap_api.integrations import sdpa
+    if device == "cpu":
+        cut = [DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in parts]
+        return torch.ops.aten._scaled_dot_product_flash_attention(*cut, 0.0, True)[0].to_local()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+
+
+def check_torchs_own(mesh, setting):
+    """PyTorch's context_parallel attends by its FlashAttention operators, and so here where they are ours."""
+    import torch.nn.attention
+    from torch.distributed.tensor.experimental import context_parallel
 
     if not hasattr(torch.nn.attention, "register_flash_attention_impl"):
         return
-    ran = []
-    for name in ("forward", "backward"):
-        method = getattr(TorchBackend, name)
-
-        def spy(self, *arguments, _method=method, _name=name):
-            ran.append(_name)
-            return _method(self, *arguments)
-
-        setattr(TorchBackend, name, spy)
-    handle = sdpa._activate("CPU")
     torch.manual_seed(7)
-    whole = [torch.randn(2, 4, 16, 8, requires_grad=True) for _ in range(3)]
-    dout = torch.randn(2, 4, 16, 8)
+    shape, options = (
+        (2, 4, setting.seqlen, setting.headdim),
+        {"dtype": setting.dtype, "device": setting.device},
+    )
+    whole = [torch.randn(shape, **options, requires_grad=True) for _ in range(3)]
+    dout = torch.randn(shape, **options)
     buffers = [x.detach().clone() for x in (*whole, dout)]
-    with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2] * 4):
+    with (
+        activated(setting.device),
+        counted_passes(setting.backend) as ran,
+        context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2] * 4),
+    ):
         parts = [x.detach().requires_grad_() for x in buffers[:3]]
-        cut = [DTensor.from_local(x, mesh, [Shard(2)], run_check=False) for x in parts]
-        out = torch.ops.aten._scaled_dot_product_flash_attention(*cut, 0.0, True)[0].to_local()
+        out = attend_by_torch(mesh, setting.device, parts)
         got = [unshard_sequence(x, mesh, 2) for x in (out, *torch.autograd.grad(out, parts, buffers[3]))]
-    handle.remove()
     assert ran == ["forward"] * mesh.size() + ["backward"] * mesh.size()
     right = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True)
     for x, y in zip(got, (right, *torch.autograd.grad(right, whole, dout)), strict=True):
-        torch.testing.assert_close(x, y.detach())
+        torch.testing.assert_close(x, y.detach(), **tolerances(setting.dtype))
 
 
 def main():
     rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    setting = SETTINGS[sys.argv[4]]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("cp",))
+    if setting.device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(setting.group, init_method=f"file://{store}", rank=rank, world_size=world_size)
+    mesh = init_device_mesh(setting.device, (world_size,), mesh_dim_names=("cp",))
     for method in ("ring", "ulysses"):
         for causal in (False, True):
             for nheads_k in (4, 2, 1):
-                check(mesh, method, causal, nheads_k)
-        check(mesh, method, True, 2, torch.bfloat16)
-    check_refusals(mesh)
+                check(mesh, setting, method, causal, nheads_k, setting.dtype)
+        check(mesh, setting, method, True, 2, torch.bfloat16)
+    check_refusals(mesh, setting)
     if world_size == 2:
-        check_dtensors(mesh)
-    check_torchs_own(mesh)
+        check_dtensors(mesh, setting)
+    check_torchs_own(mesh, setting)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Attention over parts, by processes that talk over gloo, against one with the whole."""
+"""Attention over parts, by processes that talk over gloo or NCCL, against one with the whole."""
 
 from __future__ import annotations
 
@@ -17,20 +17,29 @@ SCRIPT = Path(__file__).with_name("distributed_rank.py")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_parts_give_what_the_whole_gives(world_size, tmp_path):
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(
+    ("device", "world_size"),
+    [
+        ("cpu", 2),
+        ("cpu", 4),
+        pytest.param(
+            "cuda",
+            2,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            ],
+        ),
+    ],
+)
+def test_parts_give_what_the_whole_gives(device, world_size, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    arguments = str(world_size), str(tmp_path / "store"), device
     ranks = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                str(SCRIPT),
-                str(rank),
-                str(world_size),
-                str(tmp_path / "store"),
-            ],
+            [sys.executable, "-W", "ignore", str(SCRIPT), str(rank), *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

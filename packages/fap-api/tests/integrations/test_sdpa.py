@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.attention
 import torch.nn.functional as F
+from counted import counted_passes
 
 from fap_api.backends.torch_ import TorchBackend
 from fap_api.integrations import sdpa
@@ -18,18 +19,10 @@ has_registry = pytest.mark.skipif(not HAS_REGISTRY, reason="torch before 2.11")
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """The passes that the torch back end ran, in order."""
-    ran = []
-    for name in ("forward", "backward"):
-        method = getattr(TorchBackend, name)
-
-        def spy(self, *arguments, _method=method, _name=name):
-            ran.append(_name)
-            return _method(self, *arguments)
-
-        monkeypatch.setattr(TorchBackend, name, spy)
-    return ran
+    with counted_passes(TorchBackend) as ran:
+        yield ran
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.attention
 import torch.nn.functional as F
+from counted import counted_passes
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,24 +22,14 @@ pytestmark = [
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """The passes that the triton back end ran since activation, in order."""
     from torch.nn import attention
 
-    ran = []
-    for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
-        method = getattr(TritonBackend, name, None)
-        if method is None:
-            continue
-
-        def spy(self, *arguments, _method=method, _name=name):
-            ran.append(_name)
-            return _method(self, *arguments)
-
-        monkeypatch.setattr(TritonBackend, name, spy)
     sdpa.register()
     attention.activate_flash_attention_impl("FAP")
-    yield ran
+    with counted_passes(TritonBackend) as ran:
+        yield ran
     attention.restore_flash_attention_impl()
 
 

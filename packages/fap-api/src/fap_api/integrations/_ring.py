@@ -1,8 +1,8 @@
 """Ring attention: keys and values travel around the devices, partial results stay and are merged.
 
-PyTorch's ``context_parallel`` has such a ring too, private, which takes any operator. It is not what runs here:
-how it cuts sequences and how keys travel are settings of the whole process, either way of the first makes some
-calls of ours wrong or raise, and its default for the second gathers all keys on every device.
+PyTorch's ``context_parallel`` has such a ring too, private, which takes any operator. It is not what runs
+here: how it cuts sequences and how keys travel are settings of the whole process. Either way of the first
+makes some calls of ours wrong or raise, and the second gathers all keys on every device by default.
 docs/integrations/context_parallel.md says more.
 """
 

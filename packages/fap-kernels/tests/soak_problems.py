@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 
 LONGEST = 16384
 # Between two of these every table gives one configuration, so that problems share compiled kernels.
-LENGTHS = sorted({row.seqlen_from for table in (FORWARD, BACKWARD, PORTABLE, DKDV, DQ) for row in table})
+LENGTHS = sorted(
+    {row.seqlen_from for table in (FORWARD, BACKWARD, PORTABLE, DKDV, DQ) for row in table}
+    | {row.seqlen_below for row in FORWARD if row.seqlen_below is not None}
+)
 # Full tiles, and tiles that zeros fill up; all multiples of 16, for which Triton compiles alike.
-HEAD_DIMS = {True: (64, 128, 256, 80), False: (48, 96, 192, 80)}
+HEAD_DIMS = {True: (64, 128, 256, 80, 40), False: (48, 96, 192, 80, 32, 160)}
 FEATURES = {"full": ("softcap", "alibi"), "causal": ("softcap",), "window": ("alibi",), "left": ("alibi",)}
 PROPERTIES = ("packed", "seqused", "deterministic", "forward", "backward")
 FULL_TILES = 1000

@@ -116,9 +116,10 @@ class HopperRow(Generic[Config]):
         why: what was measured.
         bounded: only with (True) or without (False) a window or causal mask; None is both.
         plain: only calls without softcap and ALiBi (True), or with one of them (False); None is both.
+        alibi: only with (True) or without (False) ALiBi; None is both.
         packed: only packed sequences (True), or none (False); None is both.
         windowed: only with (True) or without (False) a bound on the left; None is both.
-        seqlen_from: the least ``seqlen_k``.
+        seqlen_from, seqlen_below: the least ``seqlen_k``, and the least that is too long; None for any.
         measured: to be taken as a matter of course; else only where ``use_schedule("hopper")`` asks for it.
     """
 
@@ -127,9 +128,11 @@ class HopperRow(Generic[Config]):
     why: str
     bounded: bool | None = None
     plain: bool | None = None
+    alibi: bool | None = None
     packed: bool | None = None
     windowed: bool | None = None
     seqlen_from: int = 0
+    seqlen_below: int | None = None
     measured: bool = True
 
     def fits(self, problem: AttentionProblem) -> bool:
@@ -140,9 +143,11 @@ class HopperRow(Generic[Config]):
             problem.head_dim <= self.head_dim
             and self.bounded in (None, bounded)
             and self.plain in (None, plain)
+            and self.alibi in (None, problem.alibi is not None)
             and self.packed in (None, problem.packed)
             and self.windowed in (None, problem.window_left >= 0)
             and problem.seqlen_k >= self.seqlen_from
+            and (self.seqlen_below is None or problem.seqlen_k < self.seqlen_below)
         )
 
 
@@ -168,23 +173,36 @@ _FLOWING = {"persistent": True, "overlap_tiles": True, "turns": True}
 # TFLOP/s against the portable kernel's and cuDNN's in the same run; H200, bf16, 16,384 tokens,
 # nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
 FORWARD: tuple[HopperRow[HopperConfig], ...] = (
-    # What packing costs these schedules is not measured, so they take long sequences alone, on programs of
-    # one tile: the hardware evens out what sequences of different lengths leave uneven.
-    HopperRow(head_dim=64, packed=True, config=None, why="not measured"),
-    HopperRow(head_dim=128, packed=True, plain=True, seqlen_from=4096, config=HopperConfig(128, 2, 64, 4),
-              why="dense, causal: 575 at 8k, portable 480"),
-    HopperRow(head_dim=256, packed=True, plain=True, seqlen_from=4096, config=HopperConfig(256, 2, 64, 2),
-              why="dense, causal: 647 at 8k, portable 488"),
-    HopperRow(head_dim=256, packed=True, config=None, why="not measured"),
+    # Packed: 32 sequences of 2048, and 65,536 tokens in lengths drawn from a log-normal ("mixed"); H100.
+    HopperRow(head_dim=56, packed=True, plain=True, config=HopperConfig(64, 3, 128, 3), measured=False,
+              why="its speed on packed sequences is not measured at head dimensions below 64"),
+    HopperRow(head_dim=64, packed=True, plain=True, config=HopperConfig(64, 1, 64, 3, beside=3),
+              why="447 and causal 371 at 2k, 424 and 376 mixed; portable 402, 336, 402, 340"),
+    HopperRow(head_dim=128, packed=True, plain=True, bounded=True, seqlen_below=4096,
+              config=HopperConfig(128, 2, 64, 4, persistent=True, overlap_tiles=True),
+              why="causal 490 at 2k; portable 389, FA4 504; one tile a program 427, 128 keys and turns 451"),
+    HopperRow(head_dim=128, packed=True, plain=True, config=HopperConfig(128, 2, 128, 2, turns=True),
+              why="595 at 2k, 610 and causal 473 mixed; portable 469, 433, 399, FA4 610, 617, 510"),
+    HopperRow(head_dim=256, packed=True, plain=True, config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="676 and causal 534 at 2k, 632 and 539 mixed; portable 447, 395, 480, 386"),
 
     # ALiBi raises logits far from where the sweep starts, so a reference that stays would be outgrown.
-    HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 2, 64, 4, optimistic=False),
-              why="no spills with every option on; speed not measured"),
-    HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False),
-              why="no spills with every option on; speed not measured"),
+    HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 2, 64, 4, optimistic=False), measured=False,
+              why="with softcap or ALiBi the portable kernel is faster: by 1.12 to 1.25 at 4k"),
+    HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False), measured=False,
+              why="with softcap or ALiBi the portable kernel is as fast: 0.93 to 1.03 of its speed at 4k"),
     HopperRow(head_dim=256, plain=False, config=HopperConfig(256, 2, 64, 2, optimistic=False),
-              why="no spills with every option on; speed not measured"),
+              why="causal at 4k, softcap 1.47 and ALiBi 1.55 of the portable kernel's speed"),
 
+    HopperRow(head_dim=32, bounded=True, config=HopperConfig(64, 3, 128, 3), measured=False,
+              why="the portable kernel is faster at head dimensions up to 32: by 1.08 at 4k, causal"),
+    # A row of less than 64 columns costs the TMA unit as much as one of 64: fewer, larger tiles.
+    HopperRow(head_dim=56, bounded=False, config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
+              why="d40: 356 at 4k; portable 238"),
+    HopperRow(head_dim=56, bounded=True, seqlen_from=1024, config=HopperConfig(64, 3, 128, 3),
+              why="d40: 249 at 4k; portable 208, cuDNN 266; one warpgroup 146"),
+    HopperRow(head_dim=56, bounded=True, config=HopperConfig(64, 3, 128, 3), measured=False,
+              why="d40: the portable kernel is faster by 1.3 at 512, causal"),
     HopperRow(head_dim=64, bounded=False, seqlen_from=1024,
               config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
               why="487 at 2k, 602 at 16k; portable 431, 450-504, cuDNN 459, 479; two warpgroups 468, 506"),
@@ -214,6 +232,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(128, 1, 64, 2, persistent=True, paired=True, overlap_tiles=True, beside=2),
               why="310 at 512; portable 250, cuDNN 337; two warpgroups 280"),
 
+    HopperRow(head_dim=160, bounded=True, config=HopperConfig(256, 2, 64, 2, turns=True), measured=False,
+              why="d160: the portable kernel is faster by 1.11 at 4k, causal"),
     HopperRow(head_dim=256, bounded=False, config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True),
               why="522 at 512, 754 at 2k, 858 at 16k; portable 359, 479, 539, cuDNN 524, 649, 676"),
     HopperRow(head_dim=256, bounded=True, seqlen_from=4096, config=HopperConfig(256, 2, 64, 2, turns=True),
@@ -236,22 +256,31 @@ BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
 # TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H100, bf16, 16,384
 # tokens, nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
 BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
-    HopperRow(head_dim=128, plain=False, config=BACKWARD_128, measured=False,
-              why="its speed with softcap or ALiBi is not measured"),
+    HopperRow(head_dim=64, alibi=True, config=BACKWARD_64, measured=False,
+              why="with ALiBi the portable kernels are faster: by 2.4 at 4k"),
+    HopperRow(head_dim=64, plain=False, config=BACKWARD_64, measured=False,
+              why="with softcap the portable kernels are faster: by 1.35 at 4k"),
+    HopperRow(head_dim=64, windowed=True, config=BACKWARD_64, measured=False,
+              why="with a window to the left the portable kernels are faster: by 1.1 to 1.25 at 8k"),
+    HopperRow(head_dim=32, config=BACKWARD_64, measured=False,
+              why="d32: the portable kernels are faster: by 1.1 at 4k, causal 1.27"),
+    HopperRow(head_dim=64, bounded=False, config=BACKWARD_64,
+              why="269 at 512, 503 at 16k; portable 230, 332, cuDNN 250, 448, FA4 306, 568; d40 1.4x"),
+    HopperRow(head_dim=64, seqlen_from=1024, config=BACKWARD_64,
+              why="causal: 333 at 2k, 477 at 16k; portable 297, 368, cuDNN 313, 421, FA4 400, 543"),
     HopperRow(head_dim=64, config=BACKWARD_64, measured=False,
-              why="its speed at head dimensions up to 64 is not measured"),
-    HopperRow(head_dim=80, config=BACKWARD_128, measured=False,
-              why="its speed at head dimensions from 65 to 80 is not measured"),
-    HopperRow(head_dim=128, packed=True, config=BACKWARD_128, measured=False,
-              why="its speed on packed sequences is not measured"),
-    HopperRow(head_dim=128, windowed=True, config=BACKWARD_128, measured=False,
-              why="its speed with a window to the left is not measured"),
+              why="the portable kernels are faster: 164 against 158 at 512, causal"),
+
+    HopperRow(head_dim=128, alibi=True, config=BACKWARD_128, measured=False,
+              why="with ALiBi the portable kernels are faster: by 1.2 at 4k, causal 1.35"),
     HopperRow(head_dim=128, bounded=False, config=BACKWARD_128,
-              why="307 at 512, 527 at 2k, 648 at 16k; portable 266, 400, 428, cuDNN 293, 502, 562"),
+              why="314 at 512, 525 at 2k, 560 at 16k; portable 266, 390, 407, cuDNN 296, 490, 579, FA4 637"),
+    HopperRow(head_dim=128, windowed=True, config=BACKWARD_128,
+              why="at 8k 1.26 of the portable kernels' speed with 1024 keys, 1.09 with 256"),
     HopperRow(head_dim=128, seqlen_from=1024, config=BACKWARD_128,
-              why="causal: 406 at 2k, 619 at 16k; portable 344, 419, cuDNN 386, 581"),
+              why="causal: 404 at 2k, 600 at 16k; portable 343, 407, cuDNN 386, 531; softcap 1.25x"),
     HopperRow(head_dim=128, config=BACKWARD_128, measured=False,
-              why="the portable kernels are faster: 190 against 172 at 512, causal"),
+              why="the portable kernels are faster: 189 against 176 at 512, causal"),
     HopperRow(head_dim=256, config=None, why="dK and dV of 256 columns do not fit beside each other"),
 )  # fmt: skip
 

@@ -2,12 +2,14 @@
 
     python packages/fap-kernels/benchmarks/sweep_hopper.py "128 causal 512: 128,2,64,4 128,2,128,2" ...
 
-A point is a head dimension, a mask, and a length: a number is that of each of the sequences, which then are
-batch entries; ``packed2048`` packs 32 of 2048 one behind the other, ``mixed`` 65,536 tokens in lengths drawn
-from a log-normal. A configuration is width,warpgroups,block_n,stages and fields of HopperConfig by name, as
-in ``persistent`` or ``beside=2``. All are compiled first, in as many processes as there are cores, then timed
-in turn, beside what the table says, the portable kernel, and where sequences are batch entries cuDNN. A
-configuration is right if it agrees with the portable kernel.
+A point is a head dimension, a mask with options, and a length. The mask is ``full``, ``causal`` or
+``window256``, causal with that many keys; ``+softcap`` and ``+alibi`` may follow. As a length, a number is
+that of each of the sequences, which then are batch entries; ``packed2048`` packs 32 of 2048 one behind the
+other, ``mixed`` 65,536 tokens in lengths drawn from a log-normal. A configuration is
+width,warpgroups,block_n,stages and fields of HopperConfig by name, as in ``persistent`` or ``beside=2``. All
+are compiled first, in as many processes as there are cores, then timed in turn, beside what the table says,
+the portable kernel, and cuDNN where it has the call. A configuration is right if it agrees with the portable
+kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Task(NamedTuple):
     """A point, as it was written, and the configurations to time there."""
 
     head_dim: int
-    causal: bool
+    mask: str
     length: str
     configs: tuple[str, ...]
 
@@ -53,11 +55,29 @@ class Task(NamedTuple):
     def parse(cls, text: str) -> Task:
         point, _, configs = text.partition(":")
         head_dim, mask, length = point.split()
-        return cls(int(head_dim), mask == "causal", length, tuple(configs.split()))
+        return cls(int(head_dim), mask, length, tuple(configs.split()))
 
     @property
     def name(self) -> str:
-        return f"d{self.head_dim} {'causal' if self.causal else 'full'} {self.length}"
+        return f"d{self.head_dim} {self.mask} {self.length}"
+
+    @property
+    def causal(self) -> bool:
+        return self.mask.partition("+")[0] == "causal"
+
+    def options(self, nheads: int) -> dict[str, Any]:
+        """Of the problem."""
+        mask, *features = self.mask.split("+")
+        options: dict[str, Any] = {"causal": mask == "causal"}
+        if mask.startswith("window"):
+            options["window_size"] = (int(mask.removeprefix("window")) - 1, 0)
+        if "softcap" in features:
+            options["softcap"] = 30.0
+        if "alibi" in features:
+            options["alibi_slopes"] = torch.tensor(
+                [2.0 ** (-8 * (head + 1) / nheads) for head in range(nheads)], device="cuda"
+            )
+        return options
 
     @property
     def lengths(self) -> list[int] | None:
@@ -97,8 +117,10 @@ class Point:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        lengths, packing, options = task.lengths, None, {"causal": task.causal}
+        lengths, packing = task.lengths, None
         nheads = max(WIDTH // task.head_dim, 1)
+        options = task.options(nheads)
+        self.slopes = options.get("alibi_slopes")
         if lengths is None:
             shape = Shape(task.head_dim, int(task.length), task.causal)
             self.q, self.k, self.v, _ = make_inputs(shape)
@@ -125,14 +147,23 @@ class Point:
     def portable(self) -> Callable[[], Any]:
         target = target_of(self.q.device)
         launch = plan_forward(
-            self.problem, target, self.q, self.k, self.v, self.out, self.lse, None, None, self.packing
+            self.problem, target, self.q, self.k, self.v, self.out, self.lse, self.slopes, None, self.packing
         )
         return lambda: launch.run(self.q.device)
 
     def hopper(self, config: HopperConfig | None) -> Callable[[], Any]:
         processors = processors_of(self.q.device)
         launches = plan_hopper_forward(
-            self.problem, processors, self.q, self.k, self.v, self.out, self.lse, None, self.packing, config
+            self.problem,
+            processors,
+            self.q,
+            self.k,
+            self.v,
+            self.out,
+            self.lse,
+            self.slopes,
+            self.packing,
+            config,
         )
         return lambda: [launch.run(self.q.device) for launch in launches]
 
@@ -148,7 +179,7 @@ class Point:
     def candidates(self) -> dict[str, Callable[[], Any] | str]:
         """What is to be timed, by name, or why it cannot be."""
         makers: dict[str, Callable[[], Any]] = {"portable": self.portable}
-        if self.packing is None:
+        if self.packing is None and self.task.mask in ("full", "causal"):
             makers["cudnn"] = self.cudnn
         with use_schedule("hopper"):
             if choose(FORWARD, self.problem).config is not None:

@@ -48,6 +48,8 @@ class HopperConfig:
             work.
         overlap_tiles: start on the next query tile's scores beside the last product of this one; needs a
             persistent program, and shared memory for another tile of queries.
+        queries_ahead: fetch the next query tile's queries while this one's are in use, as ``overlap_tiles``
+            does too; needs a persistent program, and shared memory for another tile of queries.
         optimistic: stop raising the reference of the softmax once each row has met a key.
         turns: let one warpgroup multiply while another weighs.
         beside: programs that share a multiprocessor and its registers, where one has a single warpgroup: what
@@ -61,6 +63,7 @@ class HopperConfig:
     persistent: bool = False
     paired: bool = False
     overlap_tiles: bool = False
+    queries_ahead: bool = False
     optimistic: bool = True
     turns: bool = False
     beside: int = 1

@@ -76,7 +76,7 @@ def hopper_forward_kernel(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
+    Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
     OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
@@ -89,8 +89,6 @@ def hopper_forward_kernel(
         window_left, window_right, items,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    # The next tile's queries come while this one's are still needed, if its scores are to start early.
-    Q_STAGES: gl.constexpr = 2 if OVERLAP_TILES else 1
     queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
     keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
     values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
@@ -105,13 +103,12 @@ def hopper_forward_kernel(
     # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
     # others: how many warps each has, and how many registers a thread of them; the first has what is left.
     # A constexpr stays one only where it is written out in the call.
+    # fmt: off
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (
-                    _multiply,
-                    (0, operands, WIDTH, BLOCK_N, STAGES, 1, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
-                ),
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 1, Q_STAGES, OVERLAP_TILES, PAIRED,
+                             OPTIMISTIC, TURNS)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 1, Q_STAGES, PAIRED)),
             ],
             [1],
@@ -120,14 +117,10 @@ def hopper_forward_kernel(
     elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _multiply,
-                    (0, operands, WIDTH, BLOCK_N, STAGES, 2, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
-                ),
-                (
-                    _multiply,
-                    (1, operands, WIDTH, BLOCK_N, STAGES, 2, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
-                ),
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, PAIRED,
+                             OPTIMISTIC, TURNS)),
+                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, PAIRED,
+                             OPTIMISTIC, TURNS)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 2, Q_STAGES, PAIRED)),
             ],
             [4, 1],
@@ -136,23 +129,18 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    _multiply,
-                    (0, operands, WIDTH, BLOCK_N, STAGES, 3, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
-                ),
-                (
-                    _multiply,
-                    (1, operands, WIDTH, BLOCK_N, STAGES, 3, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
-                ),
-                (
-                    _multiply,
-                    (2, operands, WIDTH, BLOCK_N, STAGES, 3, OVERLAP_TILES, PAIRED, OPTIMISTIC, TURNS),
-                ),
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, PAIRED,
+                             OPTIMISTIC, TURNS)),
+                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, PAIRED,
+                             OPTIMISTIC, TURNS)),
+                (_multiply, (2, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, PAIRED,
+                             OPTIMISTIC, TURNS)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 3, Q_STAGES, PAIRED)),
             ],
             [4, 4, 1],
             [160, 160, 32],
         )
+    # fmt: on
 
 
 @gluon.jit
@@ -188,7 +176,7 @@ def _fetch(
 @gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    WARPGROUPS: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
+    WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
     OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Compute the 64 rows of one warpgroup of each query tile.
@@ -203,7 +191,6 @@ def _multiply(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    Q_STAGES: gl.constexpr = 2 if OVERLAP_TILES else 1
     call = operands.call
     stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
     if TURNS:
@@ -228,6 +215,11 @@ def _multiply(
             mbarrier.arrive(operands.k_ring.empty.index(stage))
             weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
             p = gl.convert_layout(weights, P, assert_trivial=True)
+            if Q_STAGES == 2:
+                # By now the output of the tile before has left the slot of its queries.
+                tma.store_wait(0)
+                before = (count + 1) % 2 * WARPGROUPS + WARPGROUP
+                mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
         acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
         first_row = tile.first_query + WARPGROUP * ROWS
         phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
@@ -285,7 +277,7 @@ def _multiply(
 
         place = operands.staging.index(WARPGROUP if OVERLAP_TILES else done_slot)
         _store(operands, done, WARPGROUP, acc, done_max, done_sums, place, WIDTH, OPTIMISTIC)
-        if not OVERLAP_TILES:
+        if Q_STAGES == 1:
             tma.store_wait(0)
             mbarrier.arrive(operands.q_ring.empty.index(done_slot))
     tma.store_wait(0)

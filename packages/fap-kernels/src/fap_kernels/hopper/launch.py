@@ -72,6 +72,7 @@ def plan_hopper_forward(
             "BLOCK_N": config.block_n,
             "STAGES": config.stages,
             "WARPGROUPS": config.warpgroups,
+            "Q_STAGES": 2 if config.overlap_tiles or config.queries_ahead else 1,
             "OVERLAP_TILES": config.overlap_tiles,
             "PAIRED": config.paired,
             "OPTIMISTIC": config.optimistic,

@@ -39,7 +39,8 @@ measure other prefill --head-dims 40,80,96,160,192,224 --seqlens 4096 --directio
     --peers "fap-triton,fap-hopper,sdpa-flash" "$@"
 measure decode decode --head-dims 128 --kv-heads 8 --group 4 --graph --page-sizes 0,16 \
     --batches 16x8192,64x4096,128x1024,1x65536 --peers "fap-triton,sdpa-flash$extra" "$@"
-measure varlen varlen --head-dims 128 --seqlens 2048,mixed --peers "fap-triton,fap-hopper,fap-dense,sdpa-flash$extra" "$@"
+measure varlen varlen --head-dims 64,128 --seqlens 2048,mixed \
+    --peers "fap-triton,fap-hopper,fap-dense,fap-hopper-dense,sdpa-flash$extra" "$@"
 measure overhead overhead --peers "fap,fap-kernels,fap-nn,sdpa-flash$extra" "$@"
 measure memory memory --peers "fap-triton,sdpa-flash$extra" "$@"
 

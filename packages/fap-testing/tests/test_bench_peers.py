@@ -47,7 +47,7 @@ BOTH_WAYS = ("fwd", "bwd", "both")
 
 def test_the_peers_that_users_choose_from_are_there():
     expected = {"fap", "fap-kernels", "fap-nn", "sdpa", "sdpa-flash", "sdpa-cudnn", "flex", "flash-attn-2"}
-    ours = {"fap-triton", "fap-hopper", "fap-dense"}
+    ours = {"fap-triton", "fap-hopper", "fap-dense", "fap-hopper-dense"}
     others = {"flash-attn-3", "flash-attn-4", "flag-gems", "xformers"}
     assert expected | ours | others == PEERS.keys()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fap_testing.bench.peers.base import Peer
 from fap_testing.bench.peers.fap import FapApi, FapModule
-from fap_testing.bench.peers.fap_kernels import FapDense, FapHopper, FapKernels, FapTriton
+from fap_testing.bench.peers.fap_kernels import FapDense, FapHopper, FapHopperDense, FapKernels, FapTriton
 from fap_testing.bench.peers.flag_gems import FlagGems
 from fap_testing.bench.peers.flash_attn_2 import FlashAttention2
 from fap_testing.bench.peers.flash_attn_3 import FlashAttention3
@@ -44,6 +44,7 @@ for _peer in (
     FapTriton,
     FapHopper,
     FapDense,
+    FapHopperDense,
     FapKernels,
     FapModule,
     Sdpa,

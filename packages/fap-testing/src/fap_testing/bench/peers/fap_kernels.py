@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from fap_testing.bench.prefill import Prefill
     from fap_testing.bench.problem import Direction, Problem, Tensors
 
-__all__ = ["FapDense", "FapHopper", "FapKernels", "FapTriton", "mask_options", "packing_of", "tile_sizes"]
+__all__ = [
+    "FapDense",
+    "FapHopper",
+    "FapHopperDense",
+    "FapKernels",
+    "FapTriton",
+    "mask_options",
+    "packing_of",
+    "tile_sizes",
+]
 
 
 class FapKernels(Peer):
@@ -138,6 +147,13 @@ class FapDense(FapTriton):
             return dq.flatten(0, 1), dk.flatten(0, 1), dv.flatten(0, 1)
 
         return KernelCalls(forward, backward)
+
+
+class FapHopperDense(FapDense):
+    """The Gluon kernels on a batch of the same rows as packed sequences of one length."""
+
+    name = "fap-hopper-dense"
+    family = "hopper"
 
 
 def mask_options(problem: Problem) -> dict[str, Any]:

@@ -22,6 +22,9 @@ __all__ = ["backward_reasons_against", "forward_reasons_against"]
 FEWEST_QUERIES = 65
 """Fewer fill no second warpgroup."""
 
+LEAST_WORK = 2**30
+"""Floating-point operations of the forward: some 4 us. A second launch costs the host more than is saved."""
+
 MOST_NUMBERS = 2**31
 """Of a vector of one number a query row: the TMA unit counts in 32 bits."""
 
@@ -35,6 +38,9 @@ def forward_reasons_against(problem: AttentionProblem, target: Target, asked_for
     own = []
     if problem.seqlen_q < FEWEST_QUERIES:
         own.append(f"it is for {FEWEST_QUERIES} queries and more, got {problem.seqlen_q}")
+    work = 4 * problem.batch * problem.nheads * problem.seqlen_q * problem.seqlen_k * problem.head_dim
+    if work < LEAST_WORK and not asked_for:
+        own.append("it launches two kernels, which would cost this small call more than it saves")
     return _reasons_against(problem, target, own, FORWARD, asked_for)
 
 

@@ -190,8 +190,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="676 and causal 534 at 2k, 632 and 539 mixed; portable 447, 395, 480, 386"),
 
     # ALiBi raises logits far from where the sweep starts, so a reference that stays would be outgrown.
-    HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 2, 64, 4, optimistic=False), measured=False,
-              why="with softcap or ALiBi the portable kernel is faster: by 1.12 to 1.25 at 4k"),
+    HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 1, 64, 3, optimistic=False, beside=3),
+              why="0.98 to 1.03 of the portable kernel's speed at 4k; two warpgroups 0.80 to 0.95"),
     HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False), measured=False,
               why="with softcap or ALiBi the portable kernel is as fast: 0.93 to 1.03 of its speed at 4k"),
     HopperRow(head_dim=256, plain=False, config=HopperConfig(256, 2, 64, 2, optimistic=False),
@@ -206,7 +206,10 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="d40: 249 at 4k; portable 208, cuDNN 266; one warpgroup 146"),
     HopperRow(head_dim=56, bounded=True, config=HopperConfig(64, 3, 128, 3), measured=False,
               why="d40: the portable kernel is faster by 1.3 at 512, causal"),
-    HopperRow(head_dim=64, bounded=False, seqlen_from=1024,
+    HopperRow(head_dim=64, bounded=False, seqlen_from=1024, seqlen_below=12288,
+              config=HopperConfig(64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True),
+              why="501 at 2k, 560 at 8k, H100; not ahead 480, 557; portable 422, 455, cuDNN 443, 450"),
+    HopperRow(head_dim=64, bounded=False, seqlen_from=12288,
               config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
               why="487 at 2k, 602 at 16k; portable 431, 450-504, cuDNN 459, 479; two warpgroups 468, 506"),
     HopperRow(head_dim=64, bounded=False,

@@ -137,6 +137,7 @@ def test_marked_tiles_can_be_computed_again() -> None:
         ({"dropout_p": 0.1}, "dropout"),
         ({"head_dim": 60}, "multiple of 8"),
         ({"seqlen_q": 64}, "65 queries"),
+        ({"seqlen_q": 128, "seqlen_k": 128}, "two kernels"),
         ({"head_dim": 40, "packed": True}, "not measured"),
         ({"softcap": 3.0}, "the portable kernel is as fast"),
     ],

@@ -41,8 +41,18 @@ SETTINGS = {
 }
 
 
-def tolerances(dtype):
-    return {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+def assert_near(actual, expected):
+    """Compare elements, or rows in bfloat16, where parts are rounded before they are added up.
+
+    A row's error counts against its own norm or, where its elements cancel out, that of the average row.
+    """
+    if expected.dtype != torch.bfloat16:
+        torch.testing.assert_close(actual, expected)
+        return
+    rows = expected.float().norm(dim=-1)
+    errors = (actual.float() - expected.float()).norm(dim=-1)
+    worst = (errors / rows.clamp(min=rows.mean().item())).max().item()
+    assert worst < 2e-2, f"the worst row is off by {worst:.1e} of its norm"
 
 
 def check(mesh, setting, method, causal, nheads_k, dtype):
@@ -61,7 +71,7 @@ def check(mesh, setting, method, causal, nheads_k, dtype):
     expected = right, *torch.autograd.grad(right, whole, dout)
     for x, y in zip(got, expected, strict=True):
         assert x.dtype == y.dtype == dtype
-        torch.testing.assert_close(unshard_sequence(x, mesh), y.detach(), **tolerances(dtype))
+        assert_near(unshard_sequence(x, mesh), y.detach())
 
 
 def check_refusals(mesh, setting):
@@ -128,7 +138,7 @@ def check_dtensors(mesh, setting):
         right, right_lse = attend(*whole, *extras)
         expected = torch.autograd.grad((right * dout.view(right.shape)).sum() + right_lse.sum(), whole)
         for x, y in zip((out, lse, *gradients), (right, right_lse, *expected), strict=True):
-            torch.testing.assert_close(x.full_tensor(), y.detach(), **tolerances(setting.dtype))
+            assert_near(x.full_tensor(), y.detach())
 
     dropped = [distribute_tensor(x, mesh, [heads]) for x in (q, k, v)]
     with pytest.raises(RuntimeError, match="dropout_p must be 0.0 for DTensors, got 0.5"):
@@ -202,7 +212,7 @@ def check_torchs_own(mesh, setting):
     assert ran == ["forward"] * mesh.size() + ["backward"] * mesh.size()
     right = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True)
     for x, y in zip(got, (right, *torch.autograd.grad(right, whole, dout)), strict=True):
-        torch.testing.assert_close(x, y.detach(), **tolerances(setting.dtype))
+        assert_near(x, y.detach())
 
 
 def main():

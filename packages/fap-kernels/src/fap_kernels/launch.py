@@ -69,6 +69,7 @@ UNSPECIALIZED = (
     "lse_rows",
     "tile_count",
     "items",
+    "heads_beside",
 )
 """Numbers whose value must never make Triton compile again."""
 

@@ -149,14 +149,21 @@ def plan_backward_by_schedule(
     target = target_of(inputs.q.device)
     tensors = (inputs.q, inputs.k, inputs.v, inputs.dout)
     if _hopper_computes(problem, target, tensors, backward=True):
-        from .hopper.backward_launch import empty_dq_acc, plan_hopper_backward, plan_query_grads
+        from .hopper.backward_launch import (
+            empty_additions,
+            empty_dq_acc,
+            plan_hopper_backward,
+            plan_query_grads,
+        )
 
-        dq_acc = empty_dq_acc(problem, inputs)
+        workspaces = {"dq_acc": empty_dq_acc(problem, inputs)}
+        if problem.deterministic:
+            workspaces["additions"] = empty_additions(inputs)
         return [
-            plan_delta(problem, out, softmax_lse, dlse, inputs, dq_acc),
-            plan_hopper_backward(problem, inputs, dq_acc, dk, dv),
-            plan_query_grads(problem, inputs, dq_acc, dq),
-        ], {"dq_acc": dq_acc}
+            plan_delta(problem, out, softmax_lse, dlse, inputs, **workspaces),
+            plan_hopper_backward(problem, inputs, dk=dk, dv=dv, **workspaces),
+            plan_query_grads(problem, inputs, workspaces["dq_acc"], dq),
+        ], workspaces
     return [
         plan_delta(problem, out, softmax_lse, dlse, inputs),
         plan_dkdv(problem, target, inputs, dk, dv),

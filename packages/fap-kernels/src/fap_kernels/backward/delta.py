@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
-    softmax_lse, lse_rows, dlse, lse, delta, dq_acc,
+    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions,
     cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -30,7 +30,8 @@ def attention_delta_kernel(
     and with aligned addresses.
 
     ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
-    that follows adds dQ up, that costs no pass of its own here.
+    that follows adds dQ up, that costs no pass of its own here. So is ``additions``, one number for each
+    ``BLOCK_M`` rows, or None: what that kernel counts in.
     """
     packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
     # The padding has tiles of its own.
@@ -56,7 +57,8 @@ def attention_delta_kernel(
     entry_lse = rows.vector_of(softmax_lse, strides, q_batch, head, q_start)
     row_lse = tl.load(entry_lse + row, mask=exists, other=float("inf"))
     start = spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
-    padded_row = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + row
+    padded_first = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + first
+    padded_row = padded_first + tl.arange(0, BLOCK_M)
     tl.store(lse + padded_row, row_lse * LOG2E)
     tl.store(delta + padded_row, row_delta)
     if dq_acc is not None:
@@ -64,3 +66,5 @@ def attention_delta_kernel(
         tl.store(
             dq_acc + padded_row[:, None] * WIDTH + column[None, :], tl.zeros([BLOCK_M, WIDTH], tl.float32)
         )
+    if additions is not None:
+        tl.store(additions + padded_first // BLOCK_M, 0)

@@ -59,11 +59,13 @@ def plan_delta(
     dlse: torch.Tensor | None,
     inputs: BackwardInputs,
     dq_acc: torch.Tensor | None = None,
+    additions: torch.Tensor | None = None,
 ) -> Launch:
     """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors.
 
     Args:
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
+        additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
     """
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
@@ -83,6 +85,7 @@ def plan_delta(
             "lse": inputs.lse,
             "delta": inputs.delta,
             "dq_acc": dq_acc,
+            "additions": additions,
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
             "rows_swept": rows_swept,

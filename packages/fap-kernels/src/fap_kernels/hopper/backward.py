@@ -46,14 +46,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..backward.step import products_grad, recompute_weights
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_work, barriers, ring, softmax, work
+from . import backward_work, barriers, order, ring, softmax, work
 from .compat import tma_add, tma_load
 
 ROWS = softmax.ROWS
 THREADS = gl.constexpr(256)
 """Of the two warpgroups together."""
-WITH_FETCHER = gl.constexpr(288)
-"""Of all."""
+WITH_ANOTHER = gl.constexpr(288)
+"""Of them and a warp: the one that fetches, or one that sends."""
 
 
 class Operands(NamedTuple):
@@ -66,8 +66,10 @@ class Operands(NamedTuple):
         k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
             its rows. Its gradients leave through here.
         exchange: dS of two steps, keys by queries.
-        staging: a tile of dQ for each warpgroup, as registers hold it.
+        staging: a tile of dQ of two steps, as registers hold it. Each warpgroup has half of it.
         dk, dv, dq_acc: descriptors of the results.
+        additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
+        heads_beside: key heads worked on side by side; None for packed sequences.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
     """
 
@@ -85,27 +87,32 @@ class Operands(NamedTuple):
     dk: Any
     dv: Any
     dq_acc: Any
+    additions: Any
+    heads_beside: Any
     rows_padded: Any
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_kernel(
     q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
-    rows_padded, alibi_slopes, alibi_stride, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
+    additions, heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
-    Grid: (batch, key head, key tile), the tile fastest.
+    With ``additions``, zeros at first, all add in the same order on every run.
+
+    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
         window_left, window_right, items,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    gl.static_assert(STAGES <= 3, "there are no more barriers")
+    gl.static_assert(STAGES <= 2, "there are no more barriers")
     queries = ring.make_numbered_tiles(q_part0, lse_part0, STAGES)
     douts = ring.make_numbered_tiles(dout_part0, delta_part0, STAGES)
     k = gl.allocate_shared_memory(k_part0.dtype, k_part0.block_shape, k_part0.layout)
@@ -120,18 +127,20 @@ def hopper_backward_kernel(
     fence_async_shared()
     operands = Operands(
         call, score, alibi_stride, queries, douts, k, v, k_full, v_full, exchange, staging,
-        dk_part0, dv_part0, dq_acc_part0, rows_padded,
+        dk_part0, dv_part0, dq_acc_part0, additions, heads_beside, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
     gl.warp_specialize(
         [
-            (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
-            (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
             (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (_send, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+            (_send, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1, 1],
+        [240, 24, 24, 24],
     )
 
 
@@ -142,8 +151,7 @@ def _fetch(
 ):  # fmt: skip
     """Fetch the key tile, and fill the rings in the order in which the warpgroups empty them."""
     call = operands.call
-    tile = backward_work.key_tile_of(call, gl.program_id(0), BLOCK_N)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
     q_packed = tile.q_start if call.cu_seqlens_q is not None else None
     k_packed = tile.k_start if call.cu_seqlens_k is not None else None
     q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
@@ -159,12 +167,12 @@ def _fetch(
         if step == 0:
             _fetch_once(operands.k_full, operands.k, k_rows, tile)
         if step >= STAGES:
-            barriers.meet(barriers.QUERIES_FREE + stage, WITH_FETCHER)
+            barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
         ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
         if step == 0:
             _fetch_once(operands.v_full, operands.v, v_rows, tile)
         if step >= STAGES:
-            barriers.meet(barriers.DOUTS_FREE + stage, WITH_FETCHER)
+            barriers.meet(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
         ring.fill_numbered(operands.douts, stage, dout_rows, head, first_query, parts[5], position)
 
 
@@ -175,15 +183,52 @@ def _fetch_once(full, place, rows, tile):
 
 
 @gluon.jit
+def _send(
+    SLOT: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    PADDING: gl.constexpr,
+):  # fmt: skip
+    """Have the TMA unit add every second tile of dQ to memory, from its slot of the staging memory."""
+    call = operands.call
+    tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
+    place = operands.staging.index(SLOT)
+    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
+    for step in range(SLOT, call.group * sweep.count, 2):
+        member, number = step // sweep.count, step % sweep.count
+        head = tile.head_k * call.group + member
+        first_query = sweep.start + number * BLOCK_M
+        position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
+        barriers.arrive(barriers.EXCHANGE + SLOT, WITH_ANOTHER)
+        if operands.additions is not None:
+            counter = operands.additions + position // ROWS
+            order.wait_for(counter, backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N))
+        barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
+        tma_add(operands.dq_acc, [position // (LINE // WIDTH), 0], place)
+        if operands.additions is not None:
+            order.count_when_added(counter)
+        else:
+            tma.store_wait(0)
+
+
+@gluon.jit
+def _work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The program's key tile, and its sweep."""
+    call = operands.call
+    # In a fixed order, a head's last key tile adds first: under a causal mask it starts at later queries than
+    # the others, and is always ahead of them.
+    LAST_FIRST: gl.constexpr = operands.additions is not None
+    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, LAST_FIRST)
+    return tile, backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+
+
+@gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PADDING: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
-    tile = backward_work.key_tile_of(call, gl.program_id(0), BLOCK_N)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
@@ -192,18 +237,18 @@ def _multiply(
         for number in range(sweep.leading):
             dk, dv = _step(
                 WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                PADDING, True,
+                True,
             )  # fmt: skip
         for number in range(sweep.leading, sweep.unmasked_end):
             dk, dv = _step(
                 WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                PADDING, False,
+                False,
             )  # fmt: skip
         if call.window_left is not None:
             for number in range(sweep.unmasked_end, sweep.count):
                 dk, dv = _step(
                     WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                    PADDING, True,
+                    True,
                 )  # fmt: skip
     # Both have retired all their products: the tiles are no longer needed.
     barriers.meet(barriers.EXCHANGE, THREADS)
@@ -219,7 +264,7 @@ def _multiply(
 def _step(
     WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, dk, dv,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, MASKED: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in query tile ``number`` of a head, the ``member``-th of its group; see the module's docstring."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -270,8 +315,7 @@ def _step(
     slot = operands.exchange.index(step % 2)
     slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
     fence_async_shared()
-    tma.store_wait(0)  # what the step before sent from staging
-    barriers.meet(barriers.EXCHANGE, THREADS)
+    barriers.meet(barriers.EXCHANGE + step % 2, WITH_ANOTHER)
     no_dq = gl.zeros([ROWS, ROWS], gl.float32, HALF)
     if BLOCK_M == ROWS:  # halves of the columns
         half_dot = slot.permute([1, 0])
@@ -284,17 +328,15 @@ def _step(
     ds = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
     dk = warpgroup_mma(ds, q, dk, is_async=True)
     dv, p = warpgroup_mma_wait(2, [dv, p])
-    barriers.arrive(barriers.DOUTS_FREE + stage, WITH_FETCHER)
+    barriers.arrive(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
     dq = warpgroup_mma_wait(1, [dq])
-    place = operands.staging.index(WARPGROUP)
+    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0] // 2
+    place = operands.staging.index(step % 2).slice(WARPGROUP * HEIGHT, HEIGHT, 0)
     place.store(_as_registers_hold_it(dq))
     fence_async_shared()
-    position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
-    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0]
-    tma_add(operands.dq_acc, [position // (LINE // WIDTH) + WARPGROUP * HEIGHT, 0], place)
+    barriers.arrive(barriers.DQ_STAGED + step % 2, WITH_ANOTHER)
     dk, ds = warpgroup_mma_wait(0, [dk, ds])
-    barriers.arrive(barriers.QUERIES_FREE + stage, WITH_FETCHER)
+    barriers.arrive(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
     return dk, dv
 
 

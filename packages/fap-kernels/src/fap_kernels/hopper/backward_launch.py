@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backward.config import ROW_PADDING
+from ..backward.config import DELTA, ROW_PADDING
 from ..launch import Launch, packing_arguments, score_arguments, strides_of, tiles_of
 from .config import BACKWARD, WARPGROUP_ROWS, BackwardConfig, choose
 from .launch import tile_descriptor
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from ..backward.launch import BackwardInputs
     from ..problem import AttentionProblem
 
-__all__ = ["empty_dq_acc", "plan_hopper_backward", "plan_query_grads"]
+__all__ = ["empty_additions", "empty_dq_acc", "plan_hopper_backward", "plan_query_grads"]
 
 LINE = 256
 """Numbers in a line of ``dq_acc`` as the TMA unit sees it, the most it takes; a 64 x 64 tile is 16 lines."""
+
+BESIDE = 128
+"""Where all add in a fixed order, so many key tiles, of several heads, are worked on side by side at least:
+about as many as there are multiprocessors. Fewer tiles of more heads wait for each other less."""
 
 
 def empty_dq_acc(
@@ -30,17 +34,25 @@ def empty_dq_acc(
     return torch.empty((*inputs.delta.shape, config.width), dtype=torch.float32, device=inputs.q.device)
 
 
+def empty_additions(inputs: BackwardInputs) -> torch.Tensor:
+    """Memory to count in what was added to ``dq_acc``: int32 ``(batch, nheads, padded_rows(...) // 64)``."""
+    batch, nheads, rows = inputs.delta.shape
+    return torch.empty((batch, nheads, rows // DELTA.block_m), dtype=torch.int32, device=inputs.q.device)
+
+
 def plan_hopper_backward(
     problem: AttentionProblem,
     inputs: BackwardInputs,
     dq_acc: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
+    additions: torch.Tensor | None = None,
     config: BackwardConfig | None = None,
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    ``config`` overrides the table, here and in :func:`empty_dq_acc`.
+    With ``additions``, zeros as well, it adds in the same order on every run. ``config`` overrides the table,
+    here and in :func:`empty_dq_acc`.
     """
     from .backward import hopper_backward_kernel
 
@@ -60,7 +72,9 @@ def plan_hopper_backward(
             "dv_part0": tile_descriptor(dv, WARPGROUP_ROWS, config.width, packed),
             "lse_part0": _plain_descriptor(inputs.lse, [config.block_m]),
             "delta_part0": _plain_descriptor(inputs.delta, [config.block_m]),
-            "dq_acc_part0": _plain_descriptor(dq_acc, [WARPGROUP_ROWS**2 // LINE, LINE]),
+            "dq_acc_part0": _plain_descriptor(dq_acc, [2 * WARPGROUP_ROWS**2 // LINE, LINE]),
+            "additions": additions,
+            "heads_beside": None if packed else _heads_beside(problem, config, additions is not None),
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),
             **slots,
@@ -110,6 +124,12 @@ def _configured(problem: AttentionProblem) -> BackwardConfig:
     if config is None:
         raise LookupError(f"the table hands {problem} to the portable kernels")
     return config
+
+
+def _heads_beside(problem: AttentionProblem, config: BackwardConfig, in_order: bool) -> int:
+    """How many key heads are worked on side by side, where all have equally many key tiles."""
+    key_tiles = max(-(-problem.seqlen_k // config.block_n), 1)
+    return max(BESIDE // key_tiles, 1) if in_order else 1
 
 
 def _plain_descriptor(x: torch.Tensor, block: list[int]) -> Any:

@@ -45,17 +45,27 @@ class Sweep(NamedTuple):
 
 
 @triton.jit
-def key_tile_of(call, index, BLOCK_N: tl.constexpr):
-    """Key tile number ``index``, the tile of a head being the fastest index.
+def key_tile_of(call, index, heads_beside, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Key tile number ``index``.
 
-    Under a causal mask a head's first keys have the most work, and come first.
+    The ``heads_beside`` key heads that are worked on side by side are the fastest index, then comes the tile.
+    Where sequences are packed it is None, and the tile of a head is the fastest index, a few of them empty.
+    Under a causal mask a head's first keys have the most work, and come first unless ``LAST_FIRST``.
     """
-    packed = (
-        spans.Slots(call.cu_seqlens_k, call.entries, call.slots) if call.cu_seqlens_k is not None else None
-    )
-    batch, head_k, first_key = tiles.place_of(
-        index, call.nheads // call.group, call.seqlen_k, packed, BLOCK_N, False
-    )
+    nheads_k = call.nheads // call.group
+    if heads_beside is None:
+        packed = spans.Slots(call.cu_seqlens_k, call.entries, call.slots)
+        batch, head_k, first_key = tiles.place_of(index, nheads_k, None, packed, BLOCK_N, LAST_FIRST)
+    else:
+        count = tl.cdiv(call.seqlen_k, BLOCK_N)
+        row = index // (heads_beside * count) * heads_beside
+        beside = tl.minimum(heads_beside, call.items // count - row)
+        index -= row * count
+        row += index % beside
+        number = index // beside
+        if LAST_FIRST:
+            number = count - 1 - number
+        batch, head_k, first_key = row // nheads_k, row % nheads_k, number * BLOCK_N
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
     return KeyTile(batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
@@ -86,6 +96,20 @@ def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _tiles_in(start, end, BLOCK_M: tl.constexpr):
     return tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)
+
+
+@triton.jit
+def tiles_after(call, tile, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many key tiles behind this one visit the query tile at ``first_query``, which this one visits.
+
+    First and last query of a sweep never fall from a key tile to the next one. So the key tiles that visit a
+    query tile lie side by side, and the last one of them is the last one whose sweep starts early enough.
+    """
+    end = tile.seqlen_k
+    if call.window_right is not None:
+        diagonal = tile.seqlen_k - tile.seqlen_q
+        end = tl.minimum(end, first_query + BLOCK_M + diagonal + call.window_right)
+    return (end - 1) // BLOCK_N - tile.first_key // BLOCK_N
 
 
 @triton.jit

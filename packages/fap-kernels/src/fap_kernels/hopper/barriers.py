@@ -11,19 +11,23 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 
-__all__ = ["DOUTS_FREE", "EXCHANGE", "FIRST_TURN", "QUERIES_FREE", "arrive", "meet"]
+__all__ = ["DOUTS_FREE", "DQ_STAGED", "EXCHANGE", "FIRST_TURN", "QUERIES_FREE", "arrive", "meet"]
 
 FIRST_TURN = gl.constexpr(12)
 """Forward: the first of as many barriers as there are warpgroups that take turns."""
 
 EXCHANGE = gl.constexpr(8)
-"""Backward: the two warpgroups have written what each reads of the other."""
+"""Backward: the first of two, for even and odd steps: the two warpgroups have written what each reads of the
+other, and there is room for their dQ."""
 
-QUERIES_FREE = gl.constexpr(9)
+QUERIES_FREE = gl.constexpr(10)
 """Backward: the first of one for each stage of query tiles, which may be filled again."""
 
 DOUTS_FREE = gl.constexpr(12)
 """Backward: the same for tiles of the output's gradient."""
+
+DQ_STAGED = gl.constexpr(14)
+"""Backward: the first of two, for even and odd steps: a tile of dQ may leave."""
 
 
 @builtin

@@ -1,0 +1,61 @@
+"""In which order programs add to memory, where the sum must not depend on chance.
+
+Each tile of memory has a counter of the additions that are done. A program waits until all of those before
+its own are, adds, waits until its own addition has arrived, and counts it. A program waits for programs of
+smaller number alone: the hardware has started them before it, so that one of them can always go on.
+
+The TMA unit adds. PTX calls what it does the asynchronous proxy: an addition that is known to be complete is
+visible to the thread that waited for it, and so to whoever sees that thread count (release and acquire); but
+between seeing the count and having the TMA unit add, a fence must stand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+
+__all__ = ["count_when_added", "wait_for"]
+
+_WAIT = """{
+.reg .pred missing;
+.reg .u32 seen;
+again:
+ld.acquire.gpu.global.u32 seen, [$1];
+setp.lt.u32 missing, seen, $2;
+@missing bra again;
+fence.proxy.async.global;
+mov.u32 $0, seen;
+}"""
+
+# All lanes wait, but only the one that had the TMA unit add has anything to wait for. It is elected again.
+_COUNT = """{
+.reg .pred elected;
+cp.async.bulk.wait_group 0;
+elect.sync _|elected, 0xffffffff;
+@elected red.release.gpu.global.add.u32 [$1], 1;
+mov.u32 $0, 0;
+}"""
+
+
+@builtin
+def wait_for(counter: Any, additions: Any, _semantic: Any = None) -> None:
+    """Wait until the int32 at address ``counter`` says that so many additions are done; for a single warp."""
+    additions = _semantic.to_tensor(additions).handle
+    _assemble(_WAIT, "=r,l,r", [_address(counter, _semantic), additions], _semantic)
+
+
+@builtin
+def count_when_added(counter: Any, _semantic: Any = None) -> None:
+    """Wait until all that this warp had the TMA unit add has arrived in memory, and count one addition."""
+    _assemble(_COUNT, "=r,l", [_address(counter, _semantic)], _semantic)
+
+
+def _address(pointer: Any, semantic: Any) -> Any:
+    return semantic.cast(pointer, gl.int64).handle
+
+
+def _assemble(code: str, constraints: str, operands: list[Any], semantic: Any) -> None:
+    builder = semantic.builder
+    builder.create_inline_asm(code, constraints, operands, [gl.int32.to_ir(builder)], False, 1)

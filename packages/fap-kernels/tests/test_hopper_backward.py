@@ -13,7 +13,12 @@ from test_hopper import describe, gluon_is_here
 from fap_kernels import explain_schedule, use_schedule
 from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs, plan_delta
-from fap_kernels.hopper.backward_launch import empty_dq_acc, plan_hopper_backward, plan_query_grads
+from fap_kernels.hopper.backward_launch import (
+    empty_additions,
+    empty_dq_acc,
+    plan_hopper_backward,
+    plan_query_grads,
+)
 from fap_kernels.hopper.conditions import backward_reasons_against
 from fap_kernels.hopper.config import BACKWARD, BACKWARD_64, BACKWARD_128, BackwardConfig
 from fap_kernels.launch import Launch
@@ -30,11 +35,13 @@ def inputs_of(**call: Any) -> BackwardInputs:
 def launches_of(config: BackwardConfig | None = None, **call: Any) -> tuple[Launch, Launch, Launch]:
     """The three launches of a call."""
     problem, inputs = describe(**call)[0], inputs_of(**call)
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, dk, dv = inputs.q, torch.empty_like(inputs.k), torch.empty_like(inputs.v)
     dq_acc = empty_dq_acc(problem, inputs, config)
+    additions = empty_additions(inputs) if problem.deterministic else None
+    lse = torch.empty(1, problem.nheads, q.shape[1])
     return (
-        plan_delta(problem, q, torch.empty(1, problem.nheads, q.shape[1]), None, inputs, dq_acc),
-        plan_hopper_backward(problem, inputs, dq_acc, torch.empty_like(k), torch.empty_like(v), config),
+        plan_delta(problem, q, lse, None, inputs, dq_acc, additions),
+        plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions, config),
         plan_query_grads(problem, inputs, dq_acc, torch.empty_like(q)),
     )
 
@@ -47,12 +54,17 @@ CALLS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True, "dtype": torch.float16},
     "packed": {"packed": True},
+    "packed, ordered": {"packed": True, "causal": True, "deterministic": True},
+    "ordered": {"deterministic": True},
     "window": {"window_size": (90, 5)},
     "softcap and ALiBi": {"softcap": 30.0, "alibi": True, "causal": True},
 }
 # Bytes a thread that a program may spill, all partitions and loops together: what the assemblers of Triton
 # 3.6 to 3.9 were seen to spill, and a margin.
-SPILLS = {"full": 1280, "causal": 1280, "packed": 1280, "window": 3072, "softcap and ALiBi": 4608}
+SPILLS = {
+    "full": 1280, "ordered": 1280, "causal": 1280, "packed": 1280, "packed, ordered": 1280,
+    "window": 3072, "softcap and ALiBi": 4608,
+}  # fmt: skip
 CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128}
 
 needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper comes with Triton 3.6")
@@ -62,7 +74,7 @@ needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper c
 @pytest.mark.parametrize(
     ("width", "kind"),
     [(128, "full"), (128, "causal"), (128, "window"), (128, "softcap and ALiBi"),
-     (64, "causal"), (64, "window"), (64, "packed")],
+     (128, "ordered"), (64, "causal"), (64, "window"), (64, "packed"), (64, "packed, ordered")],
 )  # fmt: skip
 def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> None:
     backward = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind])
@@ -90,17 +102,28 @@ def test_the_exponentials_run_beside_the_product_with_the_values(config: Backwar
 
 
 @needs_gluon
-def test_a_step_has_few_barriers() -> None:
-    """One hand-over of dS, with a barrier before it, and one before dQ leaves: more would show."""
-    code = disassemble(compile_backward(BACKWARD_128))
-    sends = [number for number, line in enumerate(code) if "UTMAREDG" in line]
-    assert len(sends) == 4, "two loops of two warpgroups"
-    exchanges = [
-        max(number for number in range(send) if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x2", code[number]))
-        for send in sends
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_step_has_few_barriers(deterministic: bool) -> None:
+    """One hand-over of dS with a barrier before and behind it; dQ, and the stages, are only told of."""
+    code = disassemble(compile_backward(BACKWARD_128, deterministic=deterministic))
+    waits = [
+        (number, match[1])
+        for number, line in enumerate(code)
+        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line))
     ]
-    for exchange, send in zip(exchanges, sends, strict=True):
-        assert sum("BAR.SYNC" in line for line in code[exchange:send]) == 1
+    # From dP being there to the end of the step, with waits for dV and dQ between.
+    steps = [
+        code[start:end]
+        for (start, first), (_, second), (_, third), (end, last) in zip(
+            waits, waits[1:], waits[2:], waits[3:], strict=False
+        )
+        if first + second + third + last == "1210"
+    ]
+    assert len(steps) == 4, "two loops of two warpgroups"
+    for step in steps:
+        assert sum("BAR.SYNC" in line for line in step) == 3
+        assert sum("BAR.ARV" in line for line in step) == 2
+    assert sum("UTMAREDG" in line for line in code) == 2, "other warps have dQ added"
 
 
 @needs_gluon
@@ -120,7 +143,6 @@ def test_what_surrounds_it_compiles() -> None:
         ({"dropout_p": 0.1}, "dropout"),
         ({"head_dim": 60}, "multiple of 8"),
         ({"head_dim": 256}, "256 columns"),
-        ({"deterministic": True}, "no fixed order"),
     ],
     ids=str,
 )
@@ -176,15 +198,17 @@ def test_it_is_for_one_chip() -> None:
 def test_a_call_is_told_which_schedule_computes_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     target = "fap_kernels.target.target_of"
     monkeypatch.setattr(target, lambda _: SM_90)
-    fixed = describe(deterministic=True)[0]
-    assert "the portable backward, since" in explain_schedule(fixed, backward=True)
-    assert "no fixed order" in explain_schedule(fixed, backward=True)
+    dropped = describe(dropout_p=0.1)[0]
+    assert "the portable backward, since" in explain_schedule(dropped, backward=True)
+    assert "dropout" in explain_schedule(dropped, backward=True)
     with use_schedule("portable"):
-        assert explain_schedule(fixed, backward=True) == "the portable backward, chosen by use_schedule"
+        assert explain_schedule(dropped, backward=True) == "the portable backward, chosen by use_schedule"
     with use_schedule("hopper"):
         refusal = "the schedule 'hopper' was chosen by use_schedule and does not compute this call: "
-        assert explain_schedule(fixed, backward=True).startswith(refusal)
+        assert explain_schedule(dropped, backward=True).startswith(refusal)
     if gluon_is_here():
-        assert explain_schedule(describe()[0], backward=True) == "the Hopper backward"
+        for deterministic in (False, True):
+            problem = describe(deterministic=deterministic)[0]
+            assert explain_schedule(problem, backward=True) == "the Hopper backward"
     monkeypatch.setattr(target, lambda _: SM_80)
-    assert explain_schedule(fixed, backward=True) == "the portable backward (sm_80)"
+    assert explain_schedule(dropped, backward=True) == "the portable backward (sm_80)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from fap_kernels import AttentionProblem
 from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs, plan_delta
 from fap_kernels.hopper import backward_work, work
-from fap_kernels.hopper.backward_launch import plan_query_grads
+from fap_kernels.hopper.backward_launch import empty_additions, plan_query_grads
 from fap_kernels.packing import Packing, slot_count
 
 pytestmark = pytest.mark.interpreter
@@ -25,10 +25,11 @@ BLOCK_N = 128
 
 @triton.jit
 def list_work(
-    found, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-    window_left, window_right, items, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    found, waits, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
+    window_left, window_right, items, heads_beside,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Write down what each program works on, ``(items, FIELDS)``."""
+    """Write down what each program works on, ``(items, FIELDS)``, and what it waits for at each step."""
     call = work.Call(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -44,7 +45,7 @@ def list_work(
         window_right,
         items,
     )
-    tile = backward_work.key_tile_of(call, tl.program_id(0), BLOCK_N)
+    tile = backward_work.key_tile_of(call, tl.program_id(0), heads_beside, BLOCK_N, LAST_FIRST)
     sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
     row = found + tl.program_id(0) * 11
     tl.store(row, tile.batch)
@@ -58,13 +59,17 @@ def list_work(
     tl.store(row + 8, sweep.leading)
     tl.store(row + 9, sweep.unmasked_end)
     tl.store(row + 10, sweep.count)
+    for number in range(sweep.count):
+        first_query = sweep.start + number * BLOCK_M
+        before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+        tl.store(waits + tl.program_id(0) * 16 + number, before)
 
 
 def programs(
     lengths_q: list[int], lengths_k: list[int], nheads: int, group: int, window: tuple[Any, Any],
-    packed: bool, block_m: int,
-) -> list[list[int]]:  # fmt: skip
-    """What each program works on."""
+    packed: bool, block_m: int, heads_beside: int = 1, last_first: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
+    """What each program works on, and how many additions it waits for at each step."""
     bounds = [
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
         for lengths in (lengths_q, lengths_k)
@@ -74,11 +79,12 @@ def programs(
         entries, slots = len(lengths_k), slot_count(sum(lengths_k), len(lengths_k), BLOCK_N)
     items = (nheads // group) * slots
     found = torch.zeros(items, FIELDS, dtype=torch.int32)
+    waits = torch.full((items, 16), -1, dtype=torch.int32)
     list_work[(items,)](
-        found, *bounds, entries, slots, nheads, group, max(lengths_q), max(lengths_k), *window, items,
-        block_m, BLOCK_N,
+        found, waits, *bounds, entries, slots, nheads, group, max(lengths_q), max(lengths_k), *window, items,
+        None if packed else heads_beside, block_m, BLOCK_N, last_first,
     )  # fmt: skip
-    return found.tolist()
+    return found.tolist(), waits.tolist()
 
 
 def visible(seqlen_q: int, seqlen_k: int, window: tuple[Any, Any]) -> torch.Tensor:
@@ -91,8 +97,21 @@ def visible(seqlen_q: int, seqlen_k: int, window: tuple[Any, Any]) -> torch.Tens
     return seen
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> None:
+class Draw(NamedTuple):
+    """A random call; the arguments of :func:`programs`."""
+
+    lengths_q: list[int]
+    lengths_k: list[int]
+    nheads: int
+    group: int
+    window: tuple[Any, Any]
+    packed: bool
+    block_m: int
+    heads_beside: int
+    last_first: bool
+
+
+def draw(seed: int) -> Draw:
     rng = random.Random(seed)
     packed, block_m = seed % 2 == 1, rng.choice([64, 128])
     count, nheads_k, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 2])
@@ -102,7 +121,15 @@ def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> N
     else:
         lengths_q, lengths_k = [rng.randint(1, 700)] * count, [rng.randint(1, 700)] * count
     window = rng.choice([None, 0, rng.randint(0, 300)]), rng.choice([None, 0, rng.randint(0, 300)])
-    found = programs(lengths_q, lengths_k, nheads_k * group, group, window, packed, block_m)
+    beside, last_first = rng.choice([1, 2, 5, 99]), rng.choice([False, True])
+    return Draw(lengths_q, lengths_k, nheads_k * group, group, window, packed, block_m, beside, last_first)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> None:
+    lengths_q, lengths_k, nheads, group, window, packed, block_m, *_ = drawn = draw(seed)
+    count, nheads_k = len(lengths_q), nheads // group
+    found, _ = programs(*drawn)
     expected = {
         (batch, head, first)
         for batch in range(count)
@@ -142,6 +169,56 @@ def check_sweep(row: list[int], window: tuple[Any, Any], block_m: int) -> None:
         assert seen[unmasked].all(), "an unmasked step holds a hidden pair"
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_all_add_to_a_query_tile_in_order_and_wait_for_earlier_programs(seed: int) -> None:
+    drawn = draw(seed)._replace(last_first=True)
+    found, waits = programs(*drawn)
+    added: dict[tuple[int, ...], list[int]] = {}
+    for row, before in zip(found, waits, strict=True):
+        batch, head, first_key, start, count = row[0], row[1], row[2], row[7], row[10]
+        for number in range(count):
+            # Programs in the order of their numbers: all that this one waits for is done.
+            earlier = added.setdefault((batch, head, start + number * drawn.block_m), [])
+            assert before[number] == len(earlier)
+            assert not earlier or earlier[-1] == first_key + BLOCK_N
+            earlier.append(first_key)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 7])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_few_programs_at_a_time_add_everything(seed: int, resident: int) -> None:
+    """The protocol: two warps a program send tiles, each in its own order; any one that can go on does."""
+    drawn = draw(seed)._replace(last_first=True)
+    found, waits = programs(*drawn)
+    additions: dict[tuple[int, ...], int] = {}
+    rng = random.Random(seed)
+    # The query tiles that each of a program's two warps has yet to send, and what they wait for.
+    left = [
+        [
+            [
+                ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
+                for member in range(drawn.group)
+                for number in range(row[10])
+            ][warp::2]
+            for warp in range(2)
+        ]
+        for index, row in enumerate(found)
+    ]
+    running: list[list[Any]] = []
+    while left or any(any(warps) for warps in running):
+        running = [warps for warps in running if any(warps)]
+        while left and len(running) < resident:
+            running.append(left.pop(0))
+        able = [
+            warp for warps in running for warp in warps if warp and additions.get(warp[0][0], 0) >= warp[0][1]
+        ]
+        assert able or not any(any(warps) for warps in running), "all wait for each other"
+        if able:
+            tile, before = rng.choice(able).pop(0)
+            assert additions.get(tile, 0) == before, "out of order"
+            additions[tile] = before + 1
+
+
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (40, 30), (200, 0), (None, 70)], ids=str)
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 300), (300, 190), (200, 520), (129, 1)])
 @pytest.mark.parametrize("block_m", [64, 128])
@@ -172,7 +249,7 @@ def test_the_steps_add_up_to_the_gradients(
     delta = torch.nn.functional.pad(delta, (0, BLOCK_N))
     hidden = torch.nn.functional.pad(hidden, (0, BLOCK_N, 0, BLOCK_N), value=True)
     hidden[seqlen_q:, :seqlen_k] = False  # no mask is needed there
-    for row in programs([seqlen_q], [seqlen_k], 1, 1, window, False, block_m):
+    for row in programs([seqlen_q], [seqlen_k], 1, 1, window, False, block_m)[0]:
         keys = slice(row[2], row[2] + BLOCK_N)
         start, leading, unmasked_end, count = row[7:]
         for step in range(count):
@@ -243,8 +320,11 @@ def test_dq_comes_to_its_place(head_dim: int, width: int, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
     problem, inputs, q, dq_acc, starts = call(packed, 64, 64)
-    plan_delta(problem, q, torch.zeros(q.shape[0], 2, q.shape[1]), None, inputs, dq_acc).run(q.device)
+    additions = empty_additions(inputs).fill_(7)
+    lse = torch.zeros(q.shape[0], 2, q.shape[1])
+    plan_delta(problem, q, lse, None, inputs, dq_acc, additions).run(q.device)
     lengths = [70, 0, 150] if packed else [150]
     for start, length in zip(starts, lengths, strict=True):
         swept = dq_acc[:, :, start : start + -(-length // 128) * 128]
         assert swept.eq(0.0).all()
+        assert additions[:, :, start // 64 : (start + length + 63) // 64].eq(0).all()

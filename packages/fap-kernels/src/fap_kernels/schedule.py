@@ -156,14 +156,13 @@ def plan_backward_by_schedule(
             plan_query_grads,
         )
 
-        workspaces = {"dq_acc": empty_dq_acc(problem, inputs)}
-        if problem.deterministic:
-            workspaces["additions"] = empty_additions(inputs)
+        dq_acc = empty_dq_acc(problem, inputs)
+        additions = empty_additions(inputs) if problem.deterministic else None
         return [
-            plan_delta(problem, out, softmax_lse, dlse, inputs, **workspaces),
-            plan_hopper_backward(problem, inputs, dk=dk, dv=dv, **workspaces),
-            plan_query_grads(problem, inputs, workspaces["dq_acc"], dq),
-        ], workspaces
+            plan_delta(problem, out, softmax_lse, dlse, inputs, dq_acc, additions),
+            plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions),
+            plan_query_grads(problem, inputs, dq_acc, dq),
+        ], {"dq_acc": dq_acc} if additions is None else {"dq_acc": dq_acc, "additions": additions}
     return [
         plan_delta(problem, out, softmax_lse, dlse, inputs),
         plan_dkdv(problem, target, inputs, dk, dv),

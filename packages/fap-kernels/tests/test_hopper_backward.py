@@ -40,9 +40,9 @@ def launches_of(config: BackwardConfig | None = None, **call: Any) -> tuple[Laun
     additions = empty_additions(inputs) if problem.deterministic else None
     lse = torch.empty(1, problem.nheads, q.shape[1])
     return (
-        plan_delta(problem, q, lse, None, inputs, dq_acc, additions),
+        plan_delta(problem, q, lse, None, inputs, dq_acc if additions is None else None, additions),
         plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions, config),
-        plan_query_grads(problem, inputs, dq_acc, torch.empty_like(q)),
+        plan_query_grads(problem, inputs, dq_acc, torch.empty_like(q), additions, config),
     )
 
 
@@ -124,12 +124,17 @@ def test_a_step_has_few_barriers(deterministic: bool) -> None:
         assert sum("BAR.SYNC" in line for line in step) == 3
         assert sum("BAR.ARV" in line for line in step) == 2
     assert sum("UTMAREDG" in line for line in code) == 2, "other warps have dQ added"
+    # dK and dV of two warpgroups, and dQ where a first addition is known.
+    assert sum("UTMASTG" in line for line in code) == (6 if deterministic else 4)
 
 
 @needs_gluon
 def test_what_surrounds_it_compiles() -> None:
     for width, config in CONFIGS.items():
         delta, _, query_grads = launches_of(config, head_dim=width)
+        assert compile_launch(delta, "sm_90").spills == 0
+        assert compile_launch(query_grads, "sm_90").spills == 0
+        delta, _, query_grads = launches_of(config, head_dim=width, deterministic=True)
         assert compile_launch(delta, "sm_90").spills == 0
         assert compile_launch(query_grads, "sm_90").spills == 0
 

@@ -317,6 +317,19 @@ def test_dq_comes_to_its_place(head_dim: int, width: int, packed: bool) -> None:
     torch.testing.assert_close(dq, expected)
 
 
+@pytest.mark.parametrize(("head_dim", "block_m"), [(64, 128), (96, 64)])
+def test_dq_is_zero_where_nothing_was_added(head_dim: int, block_m: int) -> None:
+    problem, inputs, q, dq_acc, _ = call(False, head_dim, 8192 // block_m)
+    additions = empty_additions(inputs).zero_()
+    additions[1, 0, 0] = 3
+    dq_acc[1, 0, :block_m] = 1.0
+    dq = torch.full_like(q, torch.nan)
+    plan_query_grads(problem, inputs, dq_acc, dq, additions).run(q.device)
+    expected = torch.zeros_like(q)
+    expected[1, :block_m, 0] = problem.softmax_scale
+    torch.testing.assert_close(dq, expected)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
     problem, inputs, q, dq_acc, starts = call(packed, 64, 64)

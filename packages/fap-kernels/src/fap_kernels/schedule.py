@@ -157,12 +157,15 @@ def plan_backward_by_schedule(
         )
 
         dq_acc = empty_dq_acc(problem, inputs)
-        additions = empty_additions(inputs) if problem.deterministic else None
+        workspaces, zeroed, additions = {"dq_acc": dq_acc}, {"dq_acc": dq_acc}, None
+        if problem.deterministic:
+            additions = empty_additions(inputs)
+            workspaces["additions"], zeroed = additions, {"additions": additions}
         return [
-            plan_delta(problem, out, softmax_lse, dlse, inputs, dq_acc, additions),
+            plan_delta(problem, out, softmax_lse, dlse, inputs, **zeroed),
             plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions),
-            plan_query_grads(problem, inputs, dq_acc, dq),
-        ], {"dq_acc": dq_acc} if additions is None else {"dq_acc": dq_acc, "additions": additions}
+            plan_query_grads(problem, inputs, dq_acc, dq, additions),
+        ], workspaces
     return [
         plan_delta(problem, out, softmax_lse, dlse, inputs),
         plan_dkdv(problem, target, inputs, dk, dv),

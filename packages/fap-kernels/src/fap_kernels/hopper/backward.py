@@ -47,7 +47,7 @@ from ..backward.step import products_grad, recompute_weights
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
 from . import backward_work, barriers, order, ring, softmax, work
-from .compat import tma_add, tma_load
+from .compat import tma_add, tma_load, tma_store
 
 ROWS = softmax.ROWS
 THREADS = gl.constexpr(256)
@@ -103,7 +103,8 @@ def hopper_backward_kernel(
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
-    With ``additions``, zeros at first, all add in the same order on every run.
+    ``dq_acc`` is zeros at first. With ``additions``, which are zeros then, it may be anything: all add in the
+    same order on every run, and the first one stores.
 
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
     """
@@ -198,14 +199,20 @@ def _send(
         first_query = sweep.start + number * BLOCK_M
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
         barriers.arrive(barriers.EXCHANGE + SLOT, WITH_ANOTHER)
+        coordinates = [position // (LINE // WIDTH), 0]
         if operands.additions is not None:
             counter = operands.additions + position // ROWS
-            order.wait_for(counter, backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N))
-        barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
-        tma_add(operands.dq_acc, [position // (LINE // WIDTH), 0], place)
-        if operands.additions is not None:
+            before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+            order.wait_for(counter, before)
+            barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
+            if before == 0:
+                tma_store(operands.dq_acc, coordinates, place)
+            else:
+                tma_add(operands.dq_acc, coordinates, place)
             order.count_when_added(counter)
         else:
+            barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
+            tma_add(operands.dq_acc, coordinates, place)
             tma.store_wait(0)
 
 

@@ -51,8 +51,8 @@ def plan_hopper_backward(
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    With ``additions``, zeros as well, it adds in the same order on every run. ``config`` overrides the table,
-    here and in :func:`empty_dq_acc`.
+    With ``additions``, which must hold zeros instead, it adds in the same order on every run. ``config``
+    overrides the table, in all functions of this module.
     """
     from .backward import hopper_backward_kernel
 
@@ -92,9 +92,15 @@ def plan_hopper_backward(
 
 
 def plan_query_grads(
-    problem: AttentionProblem, inputs: BackwardInputs, dq_acc: torch.Tensor, dq: torch.Tensor
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    dq_acc: torch.Tensor,
+    dq: torch.Tensor,
+    additions: torch.Tensor | None = None,
+    config: BackwardConfig | None = None,
 ) -> Launch:
-    """The launch that fills ``dq`` from ``dq_acc``."""
+    """The launch that fills ``dq`` from ``dq_acc``, which was added to with these ``additions``."""
+    config = config or _configured(problem)
     packing = packing_arguments(inputs.packing)
     tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, problem.seqlen_q, WARPGROUP_ROWS)
     return Launch(
@@ -102,6 +108,7 @@ def plan_query_grads(
         programs=problem.nheads * tiles,
         arguments={
             "dq_acc": dq_acc,
+            "additions": additions,
             "dq": dq,
             "dq_strides": strides_of(dq),
             "cu_seqlens_q": packing["cu_seqlens_q"],
@@ -113,6 +120,7 @@ def plan_query_grads(
             "softmax_scale": problem.softmax_scale,
             "HEAD_DIM": problem.head_dim,
             "WIDTH": dq_acc.shape[3],
+            "BLOCK_M": config.block_m,
             "PADDING": ROW_PADDING,
         },
         num_warps=4,

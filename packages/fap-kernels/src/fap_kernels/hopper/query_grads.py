@@ -14,14 +14,15 @@ ROWS: tl.constexpr = tl.constexpr(64)
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_query_grads_kernel(
-    dq_acc, dq, dq_strides, cu_seqlens_q, seqused_q, entries, slots,
+    dq_acc, additions, dq, dq_strides, cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_padded, softmax_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PADDING: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """Write ``dq = dq_acc * softmax_scale``. Grid: (batch, query head, 64 queries), the queries fastest.
 
     ``dq_acc`` is float32 ``(batch, nheads, rows_padded, WIDTH)``, batch 1 where packed, in tiles of 64 x 64,
-    those of the same rows one after the other.
+    those of the same rows one after the other. ``additions`` is None, or says how often something was added
+    to each 64 rows, of ``BLOCK_M`` at their first ones: where nothing was, ``dq_acc`` may hold anything.
     """
     packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
     batch, head, first = tiles.place(nheads, seqlen_q, packed, ROWS, False)
@@ -32,6 +33,8 @@ def hopper_query_grads_kernel(
     start = spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
     row = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + first
     tile = load_tile(dq_acc + row * WIDTH, WIDTH) * softmax_scale
+    if additions is not None:
+        tile = tl.where(tl.load(additions + row // BLOCK_M * (BLOCK_M // ROWS)) > 0, tile, 0.0)
     dq_rows = rows.Rows(dq, dq_strides, None, None, q_batch, q_packed, seqlen_q, None)
     rows.store(dq_rows, head, first, (tile,), ROWS, HEAD_DIM, WIDTH, 0)
 

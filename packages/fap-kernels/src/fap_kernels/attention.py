@@ -117,8 +117,8 @@ def attention_backward(
         dlse: gradient of ``softmax_lse``, float32 in its shape, any strides; None for zero.
         softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p: as given to the forward pass.
         rng_state: as the forward pass returned it; needed iff ``dropout_p > 0``.
-        deterministic: gradients must be bitwise equal on every run. The portable kernels' always are, and are
-            chosen then; those for Hopper add up dQ in no fixed order.
+        deterministic: gradients must be bitwise equal on every run. The portable kernels' always are; those
+            for Hopper then add up dQ in a fixed order.
 
     Returns:
         ``dq`` like q, ``dk`` and ``dv`` like k and v, all contiguous. Rows that see no key, and keys that no

@@ -157,10 +157,10 @@ def plan_backward_by_schedule(
         )
 
         dq_acc = empty_dq_acc(problem, inputs)
-        workspaces, zeroed, additions = {"dq_acc": dq_acc}, {"dq_acc": dq_acc}, None
-        if problem.deterministic:
-            additions = empty_additions(inputs)
-            workspaces["additions"], zeroed = additions, {"additions": additions}
+        additions = empty_additions(problem, inputs)
+        workspaces = zeroed = {"dq_acc": dq_acc}
+        if additions is not None:
+            workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
         return [
             plan_delta(problem, out, softmax_lse, dlse, inputs, **zeroed),
             plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions),

@@ -137,8 +137,8 @@ def attention_varlen_backward(
         dlse: gradient of ``softmax_lse``, float32 ``(nheads, total_q)``, any strides; None for zero.
         softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p: as given to the forward pass.
         rng_state: as the forward pass returned it; needed iff ``dropout_p > 0``.
-        deterministic: gradients must be bitwise equal on every run. The portable kernels' always are, and are
-            chosen then; those for Hopper add up dQ in no fixed order.
+        deterministic: gradients must be bitwise equal on every run. The portable kernels' always are; those
+            for Hopper then add up dQ in a fixed order.
 
     Returns:
         ``dq`` like q, ``dk`` and ``dv`` like k and v, all contiguous; 0 where a row does not count.

@@ -15,18 +15,20 @@ of the tile's dQ, and adds it to memory, in float32.
                  │ ┌ dQ=dS^T K         |  |    asynchronous
                  │ │ ┌ dK+=dS Q0       |  |    asynchronous
                  └─│─│ give dO0 back   |  |
-                   └─│ dQ to staging, and from there to memory
+                   └─│ dQ to staging   |  |                       from there a warp sends it to memory
                      └ give Q0 back    |  |
                  S=KQ1 ────────────────┘  |
                  ...
                  dV, dK * softmax_scale through the tiles of V and K to memory
+    sender       say that its slot is free, wait until dQ is there, have the TMA unit add it to memory
 
 The exchange has two slots. A warpgroup writes a slot again two steps later; the other one has then come to
-the meeting of the step between, and so has retired the dQ that it read the slot for. Staging is a warpgroup's
-own: before it writes there again it waits for what it sent from there, at the meeting of the next step.
+the meeting of the step between, and so has retired the dQ that it read the slot for. Staging has two slots
+as well, and a warp for each, which comes to the meeting of its next step once the slot is free again.
 
-dQ is summed up by the memory system, in no fixed order; ``fap_kernels.hopper.query_grads`` brings it to its
-place. Its tiles lie in memory as the registers hold them, 16 bytes a thread, since a sum does not mind.
+dQ is summed up by the memory system; ``fap_kernels.hopper.query_grads`` brings it to its place. Its tiles lie
+in memory as the registers hold them, 16 bytes a thread, since a sum does not mind. The order of additions is
+free or, with counters, fixed: ``fap_kernels.hopper.order`` says how, and why no program waits forever.
 """
 
 from __future__ import annotations

@@ -34,8 +34,15 @@ def empty_dq_acc(
     return torch.empty((*inputs.delta.shape, config.width), dtype=torch.float32, device=inputs.q.device)
 
 
-def empty_additions(inputs: BackwardInputs) -> torch.Tensor:
-    """Memory to count in what was added to ``dq_acc``: int32 ``(batch, nheads, padded_rows(...) // 64)``."""
+def empty_additions(
+    problem: AttentionProblem, inputs: BackwardInputs, config: BackwardConfig | None = None
+) -> torch.Tensor | None:
+    """Memory to count in what was added to ``dq_acc``: int32 ``(batch, nheads, padded_rows(...) // 64)``.
+
+    None where the order of additions is free: none was asked for, and the table prefers none.
+    """
+    if not (problem.deterministic or (config or _configured(problem)).ordered):
+        return None
     batch, nheads, rows = inputs.delta.shape
     return torch.empty((batch, nheads, rows // DELTA.block_m), dtype=torch.int32, device=inputs.q.device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ __all__ = [
     "BACKWARD_64",
     "BACKWARD_128",
     "FORWARD",
+    "ORDERED_64",
+    "ORDERED_128",
     "REDO",
     "BackwardConfig",
     "HopperConfig",
@@ -97,11 +99,14 @@ class BackwardConfig:
         width: columns of a tile, 64 or 128; what the head dimension lacks of it is filled with zeros.
         block_m: queries in a tile. A warpgroup's half of a tile of dQ is 64 x 64, so 8192 / width.
         stages: tiles of queries, and of the output's gradient, that are fetched ahead.
+        ordered: let key tiles add to dQ one after the other, though nobody has asked for the same bits on
+            every run: then no memory need be zeroed before, which counts where sequences are short.
     """
 
     width: int
     block_m: int
     stages: int
+    ordered: bool = False
 
     @property
     def block_n(self) -> int:
@@ -258,9 +263,12 @@ REDO = {
 
 BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2)
 BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
+ORDERED_64 = replace(BACKWARD_64, ordered=True)
+ORDERED_128 = replace(BACKWARD_128, ordered=True)
 
-# TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H100, bf16, 16,384
-# tokens, nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
+# TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H200, bf16, 16,384
+# tokens, nheads * head_dim = 2048, Triton 3.6; FA4's are of an H100. Read from the top; the first row that
+# fits is taken.
 BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
     HopperRow(head_dim=64, alibi=True, config=BACKWARD_64, measured=False,
               why="with ALiBi the portable kernels are faster: by 2.4 at 4k"),
@@ -270,23 +278,29 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="with a window to the left the portable kernels are faster: by 1.1 to 1.25 at 8k"),
     HopperRow(head_dim=32, config=BACKWARD_64, measured=False,
               why="d32: the portable kernels are faster: by 1.1 at 4k, causal 1.27"),
+    HopperRow(head_dim=64, packed=False, bounded=False, seqlen_below=1024, config=ORDERED_64,
+              why="308 at 512; free order 295, portable 246, cuDNN 277, FA4 306"),
+    HopperRow(head_dim=64, packed=False, bounded=True, seqlen_below=4096, config=ORDERED_64,
+              why="causal: 187 at 512, 361 at 2k; free order 172, 351, portable 176, 293, cuDNN 167, 317"),
     HopperRow(head_dim=64, bounded=False, config=BACKWARD_64,
-              why="269 at 512, 503 at 16k; portable 230, 332, cuDNN 250, 448, FA4 306, 568; d40 1.4x"),
+              why="438 at 2k, 496 at 16k; portable 306, 341, cuDNN 416, 463, FA4 489, 568; d40 1.4x"),
     HopperRow(head_dim=64, seqlen_from=1024, config=BACKWARD_64,
-              why="causal: 333 at 2k, 477 at 16k; portable 297, 368, cuDNN 313, 421, FA4 400, 543"),
+              why="causal: 462 at 8k, 494 at 16k; portable 347, 358, cuDNN 398, 423, FA4 539, 543"),
     HopperRow(head_dim=64, config=BACKWARD_64, measured=False,
-              why="the portable kernels are faster: 164 against 158 at 512, causal"),
+              why="packed, causal: the portable kernels are faster by 1.06 at 512"),
 
     HopperRow(head_dim=128, alibi=True, config=BACKWARD_128, measured=False,
               why="with ALiBi the portable kernels are faster: by 1.2 at 4k, causal 1.35"),
+    HopperRow(head_dim=128, packed=False, seqlen_below=4096, config=ORDERED_128,
+              why="374 at 512, causal 434 at 2k; free order 348, 406, portable 281, 318, cuDNN 326, 378"),
     HopperRow(head_dim=128, bounded=False, config=BACKWARD_128,
-              why="314 at 512, 525 at 2k, 560 at 16k; portable 266, 390, 407, cuDNN 296, 490, 579, FA4 637"),
+              why="574 at 8k, 589 at 16k; portable 393, 405, cuDNN 531, 554, FA4 619, 637"),
     HopperRow(head_dim=128, windowed=True, config=BACKWARD_128,
-              why="at 8k 1.26 of the portable kernels' speed with 1024 keys, 1.09 with 256"),
+              why="at 8k 1.29 of the portable kernels' speed with 1024 keys, 1.19 with 256"),
     HopperRow(head_dim=128, seqlen_from=1024, config=BACKWARD_128,
-              why="causal: 404 at 2k, 600 at 16k; portable 343, 407, cuDNN 386, 531; softcap 1.25x"),
+              why="causal: 547 at 8k, 579 at 16k; portable 337, 369, cuDNN 485, 540; softcap 1.33x"),
     HopperRow(head_dim=128, config=BACKWARD_128, measured=False,
-              why="the portable kernels are faster: 189 against 176 at 512, causal"),
+              why="packed, causal: the portable kernels are faster by 1.09 at 512"),
     HopperRow(head_dim=256, config=None, why="dK and dV of 256 columns do not fit beside each other"),
 )  # fmt: skip
 

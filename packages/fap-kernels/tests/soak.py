@@ -1,10 +1,10 @@
-"""Random problems by the thousand on a Hopper GPU: none may hang, fail, or differ from the portable kernels.
+"""Random problems by the thousand on a Hopper GPU: none may hang, fail, or differ from PyTorch.
 
     python packages/fap-kernels/tests/soak.py --problems 10000 --jobs 16 --seed 0
 
-The problems run in batches, each in a process of its own under a timeout, several at a time on one GPU. The
-first batches take one problem for each kernel that is to be compiled, so that the others find Triton's cache
-filled. What fails is named with the command that runs it alone:
+First a pool of processes compiles, a pass of one kind of problem at a time, the longest first. Then the
+problems run in batches, which find Triton's cache filled, each in a process of its own under a timeout,
+several at a time on one GPU. What fails is named with the command that runs it alone:
 
     python packages/fap-kernels/tests/soak.py --seed 0 --only 4711
 
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,11 +24,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 MOST_HANDED_BACK = 0.1
 """Of all passes; more, and the soak is not of what it says."""
@@ -53,8 +54,6 @@ def run_batch(numbers: range, seed: int, device: str) -> Result:
     """Run problems one after the other; say before each which it is, so that a hang has a name."""
     from soak_problems import check, draw, variants
 
-    # Memory is filled with NaN when it is allocated: what no kernel writes is seen.
-    torch.use_deterministic_algorithms(True)
     kinds = variants(seed)
     result = Result()
     for number in numbers:
@@ -108,11 +107,21 @@ class Batch:
         result.wrong.append((number, "\n".join((f"its process {why}", *lines[-20:]))))
 
 
-def run_batches(command: list[str], batches: list[range], jobs: int, timeout: float, result: Result) -> None:
-    """Run ``command --batch ...`` for each, ``jobs`` at a time."""
+def run_batches(
+    command: list[str],
+    batches: list[range],
+    jobs: int,
+    timeout: float,
+    result: Result,
+    seconds: float = math.inf,
+) -> None:
+    """Run ``command --batch ...`` for each, ``jobs`` at a time; after ``seconds`` no more are started."""
     waiting, running = batches[::-1], []
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
+            if time.monotonic() >= end:
+                waiting.clear()
             while waiting and len(running) < jobs:
                 running.append(Batch.start(command, waiting.pop(), Path(folder), timeout))
             for batch in [batch for batch in running if batch.ended()]:
@@ -121,11 +130,62 @@ def run_batches(command: list[str], batches: list[range], jobs: int, timeout: fl
             time.sleep(0.05)
 
 
-def split(problems: int, kinds: int, jobs: int, size: int) -> tuple[list[range], list[range]]:
-    """The batches that compile, one problem of each kind in all, and then the rest of the problems."""
-    first = min(kinds, problems)
-    compiling = [range(start, first, jobs) for start in range(min(jobs, first))]
-    return compiling, [range(low, min(low + size, problems)) for low in range(first, problems, size)]
+def split(problems: int, size: int) -> list[range]:
+    """The batches."""
+    return [range(low, min(low + size, problems)) for low in range(0, problems, size)]
+
+
+def compilations(seed: int) -> list[tuple[int, str]]:
+    """Of each kind of problem its number and a pass, those that take longest to compile first."""
+    from soak_problems import variants
+
+    jobs = [
+        (number, name, variant.head_dim)
+        for number, variant in enumerate(variants(seed))
+        for name in ("forward", "backward")
+        if getattr(variant, name)
+    ]
+    jobs.sort(key=lambda job: (job[1] == "backward", job[2]), reverse=True)
+    return [(number, name) for number, name, _ in jobs]
+
+
+def compile_one(number: int, name: str, seed: int, device: str) -> str | None:
+    """Run one problem's pass, for what that compiles; what goes wrong is for the batches to judge."""
+    from soak_problems import check, draw, variants
+
+    variant = variants(seed)[number]
+    problem = draw(variant, number, seed)
+    alone = replace(variant, forward=name == "forward", backward=name == "backward")
+    try:
+        check(replace(problem, variant=alone), device)
+    except Exception:  # noqa: BLE001 - it goes with the problem's number
+        return f"{name} of {problem}\n{traceback.format_exc()}"
+    return None
+
+
+def compile_all(jobs: int, seed: int, device: str, timeout: float) -> list[tuple[int, str]]:
+    """Fill Triton's cache; what went wrong, by the number of a problem."""
+    wrong = []
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    tasks = {
+        pool.submit(compile_one, number, name, seed, device): (number, name)
+        for number, name in compilations(seed)
+    }
+    try:
+        for task in as_completed(tasks, timeout):
+            try:
+                text = task.result()
+            except Exception as error:  # noqa: BLE001 - a process of the pool has died
+                text = f"{tasks[task][1]}: {error!r}"
+            if text is not None:
+                wrong.append((tasks[task][0], text))
+    except TimeoutError:
+        late = [job for task, job in tasks.items() if not task.done()]
+        wrong += [(number, f"{name} is not compiled after {timeout:.0f} s") for number, name in late]
+        for process in multiprocessing.active_children():
+            process.kill()
+    pool.shutdown(cancel_futures=True)
+    return wrong
 
 
 def main() -> int:
@@ -136,6 +196,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--size", type=int, default=500, help="problems of a batch")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a batch")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no batch after so many")
+    parser.add_argument("--compile-timeout", type=float, default=600.0, help="seconds for compiling all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", type=int, help="run this one problem here")
@@ -149,16 +211,17 @@ def main() -> int:
         return report(
             run_batch(range(options.only, options.only + 1), options.seed, options.device), options.seed
         )
-    from soak_problems import variants
-
-    command = [sys.executable, __file__, "--seed", str(options.seed), "--device", options.device]
-    compiling, rest = split(options.problems, len(variants(options.seed)), options.jobs, options.size)
-    result = Result()
-    for batches in (compiling, rest):
-        begin, before = time.monotonic(), result.problems
-        run_batches(command, batches, options.jobs, options.timeout, result)
-        count = result.problems - before
-        print(f"{count} problems in {len(batches)} processes: {time.monotonic() - begin:.0f} s", flush=True)
+    begin = time.monotonic()
+    wrong = compile_all(options.jobs, options.seed, options.device, options.compile_timeout)
+    passes = len(compilations(options.seed))
+    print(f"{passes} passes compiled, {len(wrong)} failed: {time.monotonic() - begin:.0f} s", flush=True)
+    result = Result(wrong=wrong)
+    if not wrong:
+        command = [sys.executable, __file__, "--seed", str(options.seed), "--device", options.device]
+        begin, batches = time.monotonic(), split(options.problems, options.size)
+        run_batches(command, batches, options.jobs, options.timeout, result, options.seconds)
+        seconds = time.monotonic() - begin
+        print(f"{result.problems} of {options.problems} problems ran: {seconds:.0f} s", flush=True)
     return report(result, options.seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import torch
 from soak_problems import check, draw, variants
 
 from fap_kernels.hopper.config import BACKWARD, FORWARD, choose
-from fap_kernels.schedule import explicit_schedule
+from fap_kernels.schedule import use_schedule
 
 needs_gluon = pytest.mark.skipif(not variants(), reason="Gluon for Hopper comes with Triton 3.6")
 
@@ -65,13 +66,64 @@ def small() -> soak_problems.Problem:
     )  # fmt: skip
 
 
+def without_seqused(problem: soak_problems.Problem) -> list[soak_problems.Problem]:
+    """The problem with all rows of its sequences, and one sequence of it by itself."""
+    packed = dataclasses.replace(problem.variant, seqused=False)
+    alone = dataclasses.replace(packed, packed=False)
+    return [
+        dataclasses.replace(problem, variant=packed),
+        dataclasses.replace(problem, variant=alone, lengths_q=(40, 40), lengths_k=(33, 33)),
+    ]
+
+
 @pytest.mark.interpreter
 class TestCheck:
+    @pytest.fixture(autouse=True)
+    def portable_for_hopper(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There is no Hopper GPU here: the portable schedule computes what it is to."""
+        monkeypatch.setattr(soak_problems, "use_schedule", lambda name: contextlib.nullcontext())
+
     def test_what_is_right_passes(self, small: soak_problems.Problem) -> None:
+        for problem in (small, *without_seqused(small)):
+            verdict = check(problem, "cpu")
+            assert verdict.wrong == []
+            assert verdict.on_hopper == ["forward", "backward"]
+            assert set(verdict.errors) == {"out", "dq", "dk", "dv"}
+
+    def test_what_is_refused_is_not_compared(
+        self, small: soak_problems.Problem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(soak_problems, "use_schedule", use_schedule)
         verdict = check(small, "cpu")
-        assert verdict.wrong == []
-        assert verdict.handed_back == ["forward", "backward"]
-        assert set(verdict.errors) == {"out", "dq", "dk", "dv"}
+        assert verdict == soak_problems.Verdict([], ["forward", "backward"], {}, [])
+
+    def test_what_is_written_behind_the_last_sequence_is_seen_and_what_lies_there_is_not_compared(
+        self, small: soak_problems.Problem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        problem = without_seqused(small)[0]
+        right = soak_problems.attention_varlen_backward
+
+        def writes(*arguments, **options):
+            gradients = right(*arguments, **options)
+            gradients[1][sum(problem.lengths_k) :].normal_()
+            return gradients
+
+        monkeypatch.setattr(soak_problems, "attention_varlen_backward", writes)
+        assert check(problem, "cpu").wrong == ["dk is written behind its last sequence"]
+
+    def test_a_second_run_that_differs_is_seen(
+        self, small: soak_problems.Problem, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        right, runs = soak_problems.attention_varlen_backward, []
+
+        def differs(*arguments, **options):
+            gradients = right(*arguments, **options)
+            runs.append(None)
+            gradients[2][1] += 0.001 * len(runs)
+            return gradients
+
+        monkeypatch.setattr(soak_problems, "attention_varlen_backward", differs)
+        assert "dv of a second run differs" in check(small, "cpu").wrong
 
     def test_one_wrong_row_is_seen(
         self, small: soak_problems.Problem, monkeypatch: pytest.MonkeyPatch
@@ -80,8 +132,7 @@ class TestCheck:
 
         def wrong(*arguments, **options):
             out, lse, rng_state = right(*arguments, **options)
-            if explicit_schedule() != "portable":
-                out[int(out.float().norm(dim=(1, 2)).argmax())] *= 1.1
+            out[int(out.float().norm(dim=(1, 2)).nan_to_num().argmax())] *= 1.1
             return out, lse, rng_state
 
         monkeypatch.setattr(soak_problems, "attention_varlen_forward", wrong)
@@ -121,11 +172,51 @@ def test_batches_that_hang_or_die_are_named_by_the_problem_that_they_were_at(tmp
     ]
 
 
+def test_no_batch_is_started_when_the_time_is_over(tmp_path: Path) -> None:
+    command = fake(
+        tmp_path,
+        """
+        import time
+        time.sleep(0.5)
+        print('{"problems": 1, "passes": {}, "errors": {}, "wrong": []}')
+        """,
+    )
+    result = soak.Result()
+    soak.run_batches(command, [range(n, n + 1) for n in range(50)], 1, 60.0, result, seconds=1.0)
+    assert 1 <= result.problems < 10
+    assert result.wrong == []
+
+
 def test_every_problem_is_in_one_batch() -> None:
-    compiling, rest = soak.split(1000, 42, 16, 150)
-    assert len(compiling) == 16
-    assert sorted(n for batch in compiling for n in batch) == list(range(42))
-    assert sorted(n for batch in (*compiling, *rest) for n in batch) == list(range(1000))
+    assert sorted(n for batch in soak.split(1000, 150) for n in batch) == list(range(1000))
+
+
+@needs_gluon
+def test_every_pass_is_compiled_once_and_the_longest_first() -> None:
+    jobs = soak.compilations(0)
+    kinds = variants(0)
+    assert len(set(jobs)) == len(jobs) == sum(kind.forward + kind.backward for kind in kinds)
+    assert all(getattr(kinds[number], name) for number, name in jobs)
+    assert [name for _, name in jobs] == sorted(name for _, name in jobs)
+    widest = max(kind.head_dim for kind in kinds if kind.backward)
+    assert kinds[jobs[0][0]].head_dim == widest
+
+
+@needs_gluon
+def test_what_does_not_compile_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    # There is no GPU of this name.
+    monkeypatch.setattr(soak, "compilations", lambda seed: [(3, "forward"), (1, "forward")])
+    wrong = dict(soak.compile_all(1, 0, "cuda:99", 120.0))
+    assert set(wrong) == {1, 3}
+    assert "Traceback" in wrong[3]
+
+
+@needs_gluon
+def test_compiling_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "compilations", lambda seed: [(3, "forward")])
+    ((number, text),) = soak.compile_all(1, 0, "cpu", 0.01)
+    assert number == 3
+    assert text == "forward is not compiled after 0 s"
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,12 @@ PLAIN_SPILLS = {
 }
 ALL_OPTIONS_SPILLS = 1024
 ALL_OPTIONS_SPILLS_OF = {
-    ("forward", "sm_100", 64): 5120,
+    ("forward", "sm_100", 64): 6144,  # Triton 3.5: 5624
     ("forward", "gfx9", 128): 2048,  # Triton 3.4: 1656
     ("dkdv", "sm_80", 256): 4096,  # Triton 3.4: 3236
 }
+SERIALISED = {(3, 5): {"forward-sm_90-64-plain-unbounded"}}
+"""What a release of Triton hands to its assembler such that the products are serialised (C7515)."""
 SLACK = 32  # a register or two, as assemblers happen to differ
 FLOAT32_SPILLS = {64: 0, 128: 2048, 256: 24576}
 
@@ -72,7 +74,8 @@ def test_a_row_compiles_within_its_bounds(kernel: str, row: Row) -> None:
     compiled = compile_launch(_plan(kernel, chip, **_call_for(row), expected=row), chip)
     assert compiled.shared <= TARGETS[chip].shared_memory
     assert compiled.spills <= _spills_allowed(kernel, row), "a row spills more than was recorded for it"
-    if row.plain and row.family == "sm_90":
+    name = f"{kernel}-{row.family}-{row.head_dim}-{_kind(row)}"
+    if row.plain and row.family == "sm_90" and name not in SERIALISED.get(TRITON, ()):
         assert_asynchronous(compiled)
 
 

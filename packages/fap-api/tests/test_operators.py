@@ -256,35 +256,13 @@ def test_an_unused_lse_costs_the_backward_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_selective_checkpointing_can_save_the_second_forward(monkeypatch, dropout_p):
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-    from fap_api.backends.torch_ import TorchBackend
-
-    def save_attention(ctx, operator, *args, **kwargs):
-        ours = operator is OPERATORS.attention_forward.default
-        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
-
-    runs = []
-    forward = TorchBackend.forward
-    monkeypatch.setattr(
-        TorchBackend, "forward", lambda self, *arguments: runs.append(1) or forward(self, *arguments)
+def test_selective_checkpointing_can_save_the_second_forward(check_selective_checkpointing, dropout_p):
+    check_selective_checkpointing(
+        OPERATORS.attention_forward.default,
+        "forward",
+        partial(fap_api.flash_attn_func, dropout_p=dropout_p),
+        draw,
     )
-
-    def block(q, k, v):
-        return fap_api.flash_attn_func(q.sin(), k, v, dropout_p).cos()
-
-    gradients = []
-    for contexts in (None, partial(create_selective_checkpoint_contexts, save_attention)):
-        torch.manual_seed(0)
-        tensors = draw()
-        options = {} if contexts is None else {"context_fn": contexts}
-        runs.clear()
-        loss = checkpoint(block, *tensors, use_reentrant=False, **options).sum()
-        gradients.append(torch.autograd.grad(loss, tensors))
-        assert len(runs) == (2 if contexts is None else 1)
-    for whole, selective in zip(*gradients, strict=True):
-        assert torch.equal(whole, selective)
 
 
 def test_s_dmask_is_computed_only_when_asked_for(monkeypatch):

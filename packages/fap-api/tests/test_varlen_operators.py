@@ -284,33 +284,10 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_selective_checkpointing_can_save_the_second_forward(monkeypatch, dropout_p):
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-    from fap_api.backends.torch_ import TorchBackend
-
-    def save_attention(ctx, operator, *args, **kwargs):
-        ours = operator is OPERATORS.attention_varlen_forward.default
-        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
-
-    runs = []
-    forward = TorchBackend.varlen_forward
-    monkeypatch.setattr(
-        TorchBackend, "varlen_forward", lambda self, *arguments: runs.append(1) or forward(self, *arguments)
+def test_selective_checkpointing_can_save_the_second_forward(check_selective_checkpointing, dropout_p):
+    check_selective_checkpointing(
+        OPERATORS.attention_varlen_forward.default,
+        "varlen_forward",
+        partial(attention, dropout_p=dropout_p),
+        draw,
     )
-    gradients = []
-    for contexts in (None, partial(create_selective_checkpoint_contexts, save_attention)):
-        torch.manual_seed(0)
-        tensors = draw()
-        options = {} if contexts is None else {"context_fn": contexts}
-        runs.clear()
-        out = checkpoint(
-            lambda q, k, v: attention(q.sin(), k, v, dropout_p=dropout_p).cos(),
-            *tensors,
-            use_reentrant=False,
-            **options,
-        )
-        gradients.append(torch.autograd.grad(out.sum(), tensors))
-        assert len(runs) == (2 if contexts is None else 1)
-    for whole, selective in zip(*gradients, strict=True):
-        assert torch.equal(whole, selective)

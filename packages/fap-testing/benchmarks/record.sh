@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Measure what the README's picture and the kernels' promises need, on one GPU, from the root of a checkout:
+# Measure what the README's figures and the kernels' promises need, on one GPU, from the root of a checkout:
 #
 #     bash packages/fap-testing/benchmarks/record.sh FOLDER [--quick]
 #
 # It needs torch, triton, typer, rich and matplotlib; no network and nothing installed besides. Options after the
 # folder go to every command. COMMIT names what is measured where the checkout has no .git; EXTRA_PEERS, names
 # with commas, adds some; JOBS processes compile beforehand (by default all cores but two). STEPS names, with
-# spaces, the steps to take: the picture and the promises are of all records in FOLDER, so that what one day has
-# no time for the next one can add. On 16 cores a prefill step takes some 80 seconds, most of them compiling
-# FlexAttention, and the others 10 to 30 each.
+# spaces, the steps to take: the picture (prefill.png) and the promises are of all records in FOLDER, so that what
+# one day has no time for the next one can add. On 16 cores a prefill step takes some 80 seconds, most of them
+# compiling FlexAttention, and the others 10 to 30 each.
 set -uo pipefail
 out=${1:?the folder for the records}
 shift

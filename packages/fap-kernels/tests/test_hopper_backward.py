@@ -21,7 +21,7 @@ from fap_kernels.hopper.backward_launch import (
     plan_query_grads,
 )
 from fap_kernels.hopper.conditions import backward_reasons_against
-from fap_kernels.hopper.config import BACKWARD, BACKWARD_64, BACKWARD_128, BackwardConfig
+from fap_kernels.hopper.config import BACKWARD, BACKWARD_64, BACKWARD_128, BACKWARD_256, BackwardConfig
 from fap_kernels.launch import Launch
 from fap_kernels.target import SM_80, SM_90
 
@@ -66,7 +66,7 @@ SPILLS = {
     "full": 1280, "ordered": 1280, "causal": 1280, "packed": 1280, "packed, ordered": 1280,
     "window": 3072, "softcap and ALiBi": 4608,
 }  # fmt: skip
-CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128}
+CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128, 256: BACKWARD_256}
 
 needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper comes with Triton 3.6")
 
@@ -75,7 +75,8 @@ needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper c
 @pytest.mark.parametrize(
     ("width", "kind"),
     [(128, "full"), (128, "causal"), (128, "window"), (128, "softcap and ALiBi"),
-     (128, "ordered"), (64, "causal"), (64, "window"), (64, "packed"), (64, "packed, ordered")],
+     (128, "ordered"), (64, "causal"), (64, "window"), (64, "packed"), (64, "packed, ordered"),
+     (256, "full"), (256, "causal"), (256, "packed"), (256, "window"), (256, "softcap and ALiBi")],
 )  # fmt: skip
 def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> None:
     backward = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind])
@@ -92,7 +93,7 @@ def test_the_table_has_no_other_configurations() -> None:
 
 
 @needs_gluon
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=str)
+@pytest.mark.parametrize("config", [BACKWARD_64, BACKWARD_128], ids=str)
 def test_the_exponentials_run_beside_the_product_with_the_values(config: BackwardConfig) -> None:
     code = disassemble(compile_backward(config, head_dim=config.width))
     # From S being there, beside dP, to dP being there, beside dV.
@@ -136,6 +137,8 @@ def test_what_surrounds_it_compiles() -> None:
         delta, _, query_grads = launches_of(config, head_dim=width)
         assert compile_launch(delta, "sm_90").spills == 0
         assert compile_launch(query_grads, "sm_90").spills == 0
+        if config.relay:
+            continue
         delta, _, query_grads = launches_of(config, head_dim=width, deterministic=True)
         assert compile_launch(delta, "sm_90").spills == 0
         assert compile_launch(query_grads, "sm_90").spills == 0
@@ -149,7 +152,7 @@ def test_what_surrounds_it_compiles() -> None:
         ({"dtype": torch.float32}, "float16 and bfloat16"),
         ({"dropout_p": 0.1}, "dropout"),
         ({"head_dim": 60}, "multiple of 8"),
-        ({"head_dim": 256}, "256 columns"),
+        ({"head_dim": 256, "deterministic": True}, "no fixed order"),
     ],
     ids=str,
 )

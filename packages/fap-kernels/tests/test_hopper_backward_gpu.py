@@ -80,7 +80,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
-@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 136, 160, 192, 224, 256])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_against_the_oracle(head_dim: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     options = dict(options)
@@ -121,7 +121,7 @@ class TestAdversarialScales:
         check(q, k, v, dout * size, causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 136, 256])
 def test_views_of_larger_tensors(head_dim: int) -> None:
     q, k, v, dout = (
         torch.randn(2, n, 3, 5, head_dim, device="cuda", dtype=torch.bfloat16)[:, :, 1, :4]

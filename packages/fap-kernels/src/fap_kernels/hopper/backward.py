@@ -33,8 +33,6 @@ free or, with counters, fixed: ``fap_kernels.hopper.order`` says how, and why no
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -45,53 +43,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..backward.step import products_grad, recompute_weights
-from ..language import masks, rows, scores
+from ..backward.step import products_grad
+from ..language import rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_work, barriers, order, ring, softmax, work
-from .compat import tma_add, tma_load, tma_store
+from . import backward_tiles, backward_work, barriers, order, ring, work
+from .backward_tiles import ROWS, THREADS
+from .compat import tma_add, tma_store
 
-ROWS = softmax.ROWS
-THREADS = gl.constexpr(256)
-"""Of the two warpgroups together."""
 WITH_ANOTHER = gl.constexpr(288)
 """Of them and a warp: the one that fetches, or one that sends."""
-
-
-class Operands(NamedTuple):
-    """What the warps of a program share.
-
-    Fields:
-        call, score: what to compute.
-        alibi_stride: from one batch entry's ALiBi slopes to the next one's.
-        queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with delta.
-        k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
-            its rows. Its gradients leave through here.
-        exchange: dS of two steps, keys by queries.
-        staging: a tile of dQ of two steps, as registers hold it. Each warpgroup has half of it.
-        dk, dv, dq_acc: descriptors of the results.
-        additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
-        heads_beside: key heads worked on side by side; None for packed sequences.
-        rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
-    """
-
-    call: Any
-    score: Any
-    alibi_stride: Any
-    queries: Any
-    douts: Any
-    k: Any
-    v: Any
-    k_full: Any
-    v_full: Any
-    exchange: Any
-    staging: Any
-    dk: Any
-    dv: Any
-    dq_acc: Any
-    additions: Any
-    heads_beside: Any
-    rows_padded: Any
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -115,22 +75,14 @@ def hopper_backward_kernel(
         window_left, window_right, items,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    gl.static_assert(STAGES <= 2, "there are no more barriers")
-    queries = ring.make_numbered_tiles(q_part0, lse_part0, STAGES)
-    douts = ring.make_numbered_tiles(dout_part0, delta_part0, STAGES)
-    k = gl.allocate_shared_memory(k_part0.dtype, k_part0.block_shape, k_part0.layout)
-    v = gl.allocate_shared_memory(v_part0.dtype, v_part0.block_shape, v_part0.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_full, count=1)
-    mbarrier.init(v_full, count=1)
+    room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     exchange = gl.allocate_shared_memory(dk_part0.dtype, [2, BLOCK_N, BLOCK_M], SWIZZLED)
     staging = gl.allocate_shared_memory(gl.float32, [2] + dq_acc_part0.block_shape, dq_acc_part0.layout)
     fence_async_shared()
-    operands = Operands(
-        call, score, alibi_stride, queries, douts, k, v, k_full, v_full, exchange, staging,
-        dk_part0, dv_part0, dq_acc_part0, additions, heads_beside, rows_padded,
+    operands = backward_tiles.Operands(
+        call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
+        exchange, staging, dk_part0, dv_part0, dq_acc_part0, additions, heads_beside, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
@@ -156,10 +108,7 @@ def _fetch(
     call = operands.call
     tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
     q_packed = tile.q_start if call.cu_seqlens_q is not None else None
-    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
     q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
-    k_rows = rows.Rows(None, None, parts[1], None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    v_rows = rows.Rows(None, None, parts[2], None, tile.k_batch, k_packed, tile.seqlen_k, None)
     dout_rows = rows.Rows(None, None, parts[3], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     for step in range(call.group * sweep.count):
         member, number = step // sweep.count, step % sweep.count
@@ -168,21 +117,15 @@ def _fetch(
         first_query = sweep.start + number * BLOCK_M
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
         if step == 0:
-            _fetch_once(operands.k_full, operands.k, k_rows, tile)
+            backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
         if step >= STAGES:
             barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
         ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
         if step == 0:
-            _fetch_once(operands.v_full, operands.v, v_rows, tile)
+            backward_tiles.fill_keys(operands, operands.v_full, operands.v, parts[2], tile)
         if step >= STAGES:
             barriers.meet(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
         ring.fill_numbered(operands.douts, stage, dout_rows, head, first_query, parts[5], position)
-
-
-@gluon.jit
-def _fetch_once(full, place, rows, tile):
-    mbarrier.expect(full, rows.part0.block_type.nbytes)
-    tma_load(rows.part0, ring.coordinates_of(rows, tile.head_k, tile.first_key), full, place)
 
 
 @gluon.jit
@@ -264,8 +207,8 @@ def _multiply(
     k_packed = tile.k_start if call.cu_seqlens_k is not None else None
     dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
     dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    _store(operands.v, WARPGROUP, dv, dv_rows, tile, WIDTH, BLOCK_N)
-    _store(operands.k, WARPGROUP, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands.v, WARPGROUP, dv, dv_rows, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands.k, WARPGROUP, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
@@ -306,20 +249,12 @@ def _step(
         s = warpgroup_mma_wait(1, [s])
 
     first_key = tile.first_key + WARPGROUP * ROWS
-    query = first_query + gl.arange(0, BLOCK_M, COLUMN)[None, :]
-    key = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
-    slopes = operands.score.slopes
-    if slopes is not None:
-        slopes += tile.batch * operands.alibi_stride
-    score = scores.Scores(operands.score.scale, operands.score.folded_scale, operands.score.softcap, slopes)
-    diagonal = tile.seqlen_k - tile.seqlen_q
-    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
-    weights = recompute_weights(head, s, row_lse[None, :], query, key, window, score, MASKED)
+    weights = backward_tiles.weigh(operands, tile, head, first_query, first_key, s, row_lse, BLOCK_M, MASKED)
     p = gl.convert_layout(weights.to(operands.dk.dtype), WEIGHTS, assert_trivial=True)
     dv = warpgroup_mma(p, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, [dp])
     # dP holds delta already, and its products are those of S.
-    ds = products_grad(head, s, weights, dp, 0.0, query, key, score, None).to(operands.dk.dtype)
+    ds = products_grad(head, s, weights, dp, 0.0, None, None, operands.score, None).to(operands.dk.dtype)
 
     slot = operands.exchange.index(step % 2)
     slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
@@ -341,34 +276,9 @@ def _step(
     dq = warpgroup_mma_wait(1, [dq])
     HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0] // 2
     place = operands.staging.index(step % 2).slice(WARPGROUP * HEIGHT, HEIGHT, 0)
-    place.store(_as_registers_hold_it(dq))
+    place.store(backward_tiles.as_registers_hold_it(dq))
     fence_async_shared()
     barriers.arrive(barriers.DQ_STAGED + step % 2, WITH_ANOTHER)
     dk, ds = warpgroup_mma_wait(0, [dk, ds])
     barriers.arrive(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
     return dk, dv
-
-
-@gluon.jit
-def _as_registers_hold_it(dq):
-    """A 64 x 64 accumulator as ``(16, 256)``: each thread's numbers side by side, four at a time.
-
-    :func:`fap_kernels.hopper.query_grads.load_tile` reads it.
-    """
-    # Rows: warp, half, row of a quad. Columns: group of eight, lane of a quad, neighbour.
-    parts = dq.reshape([4, 2, 8, 8, 4, 2])
-    return parts.permute([3, 0, 2, 4, 1, 5]).reshape([16, 256])
-
-
-@gluon.jit
-def _store(
-    place_of_both, WARPGROUP: gl.constexpr, acc, rows, tile, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr
-):
-    """Round a warpgroup's accumulator and start its way to memory through its part of a key tile."""
-    ROW_DIMENSION: gl.constexpr = len(place_of_both.shape) - 2
-    place = place_of_both.slice(WARPGROUP * ROWS, ROWS, ROW_DIMENSION)
-    ring.matrix(place_of_both, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0).store(
-        acc.to(rows.part0.dtype)
-    )
-    fence_async_shared()
-    ring.drain(place, rows, tile.head_k, tile.first_key + WARPGROUP * ROWS)

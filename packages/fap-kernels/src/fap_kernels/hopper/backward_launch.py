@@ -62,13 +62,18 @@ def plan_hopper_backward(
     overrides the table, in all functions of this module.
     """
     from .backward import hopper_backward_kernel
+    from .backward_relay import hopper_backward_relay_kernel
 
     config = config or _configured(problem)
+    if config.relay and additions is not None:
+        raise ValueError("the relay adds up dQ in no fixed order")
+    # What leaves for dq_acc at once: both warpgroups' tiles of 64 x 64, or one.
+    dq_tiles = 1 if config.relay else 2
     tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
     items = problem.nheads_k * tiles
     packed = problem.packed
     return Launch(
-        kernel=hopper_backward_kernel,
+        kernel=hopper_backward_relay_kernel if config.relay else hopper_backward_kernel,
         programs=items,
         arguments={
             "q_part0": tile_descriptor(inputs.q, config.block_m, config.width, packed),
@@ -79,8 +84,8 @@ def plan_hopper_backward(
             "dv_part0": tile_descriptor(dv, WARPGROUP_ROWS, config.width, packed),
             "lse_part0": _plain_descriptor(inputs.lse, [config.block_m]),
             "delta_part0": _plain_descriptor(inputs.delta, [config.block_m]),
-            "dq_acc_part0": _plain_descriptor(dq_acc, [2 * WARPGROUP_ROWS**2 // LINE, LINE]),
-            "additions": additions,
+            "dq_acc_part0": _plain_descriptor(dq_acc, [dq_tiles * WARPGROUP_ROWS**2 // LINE, LINE]),
+            **({} if config.relay else {"additions": additions}),
             "heads_beside": None if packed else _heads_beside(problem, config, additions is not None),
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),

@@ -1,7 +1,8 @@
 """Named barriers of the hardware, which Gluon does not offer, and who uses which.
 
 They are counted in threads and have no phases: a barrier is over once as many threads as are said have come,
-whether they wait or only say that they were there. Triton itself counts up from number 0.
+whether they wait or only say that they were there. Triton itself counts up from number 0, one for each
+warpgroup and one more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,18 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 
-__all__ = ["DOUTS_FREE", "DQ_STAGED", "EXCHANGE", "FIRST_TURN", "QUERIES_FREE", "arrive", "meet"]
+__all__ = [
+    "DOUTS_FREE",
+    "DQ_STAGED",
+    "EXCHANGE",
+    "FIRST_TURN",
+    "GRADIENTS_THERE",
+    "QUERIES_FREE",
+    "SLOT_FREE",
+    "WEIGHTS_THERE",
+    "arrive",
+    "meet",
+]
 
 FIRST_TURN = gl.constexpr(12)
 """Forward: the first of as many barriers as there are warpgroups that take turns."""
@@ -28,6 +40,15 @@ DOUTS_FREE = gl.constexpr(12)
 
 DQ_STAGED = gl.constexpr(14)
 """Backward: the first of two, for even and odd steps: a tile of dQ may leave."""
+
+WEIGHTS_THERE = gl.constexpr(6)
+"""Backward by relay: the first of one for each of two slots, in which there are weights."""
+
+GRADIENTS_THERE = gl.constexpr(8)
+"""Backward by relay: the same once there are their gradients."""
+
+SLOT_FREE = gl.constexpr(14)
+"""Backward by relay: the same once they are no longer needed."""
 
 
 @builtin

@@ -51,6 +51,9 @@ def backward_reasons_against(problem: AttentionProblem, target: Target, asked_fo
         asked_for: by ``use_schedule("hopper")``, where it may also run what it is not known to be faster at.
     """
     own = []
+    config = choose(BACKWARD, problem).config
+    if problem.deterministic and config is not None and config.relay:
+        own.append("above 128 columns it adds up dQ in no fixed order, and deterministic is True")
     if problem.batch * problem.nheads * padded_rows(problem.seqlen_q, 1) >= MOST_NUMBERS:
         own.append(f"batch * nheads * seqlen_q, padded, must stay below {MOST_NUMBERS}")
     return _reasons_against(problem, target, own, BACKWARD, asked_for)

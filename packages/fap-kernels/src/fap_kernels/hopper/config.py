@@ -14,6 +14,7 @@ __all__ = [
     "BACKWARD",
     "BACKWARD_64",
     "BACKWARD_128",
+    "BACKWARD_256",
     "FORWARD",
     "ORDERED_64",
     "ORDERED_128",
@@ -93,12 +94,13 @@ class HopperConfig:
 
 @dataclass(frozen=True, slots=True)
 class BackwardConfig:
-    """Shape and resources of one program of the backward pass, which holds 128 keys.
+    """Shape and resources of one program of the backward pass.
 
     Attributes:
-        width: columns of a tile, 64 or 128; what the head dimension lacks of it is filled with zeros.
-        block_m: queries in a tile. A warpgroup's half of a tile of dQ is 64 x 64, so 8192 / width.
-        stages: tiles of queries, and of the output's gradient, that are fetched ahead.
+        width: columns of a tile, 64, 128 or 256; what the head dimension lacks of it is filled with zeros.
+        block_m: queries in a tile. A warpgroup's half of a tile of dQ is 64 x 64, so 8192 / width, and 64 of
+            256 columns.
+        stages: tiles of queries, and of the output's gradient, that are fetched ahead; at most two.
         ordered: let key tiles add to dQ one after the other, though nobody has asked for the same bits on
             every run: then no memory need be zeroed before, which counts where sequences are short.
     """
@@ -109,9 +111,14 @@ class BackwardConfig:
     ordered: bool = False
 
     @property
+    def relay(self) -> bool:
+        """Whether three warpgroups make a gradient each, since two cannot hold two gradients each."""
+        return self.width > 128
+
+    @property
     def block_n(self) -> int:
         """Keys in a tile."""
-        return 2 * WARPGROUP_ROWS
+        return WARPGROUP_ROWS if self.relay else 2 * WARPGROUP_ROWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +270,7 @@ REDO = {
 
 BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2)
 BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
+BACKWARD_256 = BackwardConfig(width=256, block_m=64, stages=2)
 ORDERED_64 = replace(BACKWARD_64, ordered=True)
 ORDERED_128 = replace(BACKWARD_128, ordered=True)
 
@@ -301,7 +309,16 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="causal: 547 at 8k, 579 at 16k; portable 337, 369, cuDNN 485, 540; softcap 1.33x"),
     HopperRow(head_dim=128, config=BACKWARD_128, measured=False,
               why="packed, causal: the portable kernels are faster by 1.09 at 512"),
-    HopperRow(head_dim=256, config=None, why="dK and dV of 256 columns do not fit beside each other"),
+    HopperRow(head_dim=224, config=BACKWARD_256, measured=False,
+              why="its speed at head dimensions from 129 to 224 is not measured"),
+    HopperRow(head_dim=256, plain=False, config=BACKWARD_256, measured=False,
+              why="its speed with softcap or ALiBi is not measured at head dimension 256"),
+    HopperRow(head_dim=256, packed=True, config=BACKWARD_256, measured=False,
+              why="its speed on packed sequences is not measured at head dimension 256"),
+    HopperRow(head_dim=256, windowed=True, config=BACKWARD_256, measured=False,
+              why="its speed with a window to the left is not measured at head dimension 256"),
+    HopperRow(head_dim=256, config=BACKWARD_256,
+              why="243 at 512, 400 at 16k, causal 153, 426; portable 198, 270, 135, 244, cuDNN 358, 392"),
 )  # fmt: skip
 
 

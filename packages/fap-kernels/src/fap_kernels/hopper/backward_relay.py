@@ -1,0 +1,271 @@
+"""The backward pass on Hopper for wide heads: three warpgroups, a gradient each, hand the weights on.
+
+dK and dV of 128 keys and 256 columns would fill all registers that there are. So a program holds 64 keys,
+and no warpgroup both: the first makes dV, the second dK, and the third dQ, which leaves them at once. What
+they are made of goes from one to the next in a slot of shared memory, one of two: weights P come into it, dS
+out of it.
+
+    fetcher      K  Q0    V  dO0     Q1 dO1      Q2 dO2 ...    a stage is fetched again once the first and
+                 |  |     |  |       |  |                      the second have given it back
+    first        S=KQ0    |  |       |  |
+                 P=exp(S-LSE)        |  |
+                 P to slot 0 ────────│──│──┐                   waits until the third has given the slot back
+                 dV+=P dO0 ──┘       |  |  |
+                 S=KQ1 ──────────────┘  |  |
+                 ...                    |  |
+    second       ┌ dP=V dO0, -delta ────│──│──  asynchronous   starts at -delta, so that it is dP-delta
+                 └ dS=P dP              |  |
+                 dS to slot 0, in place ┘  ├─┐
+                 dK+=dS Q0                   |
+                 ...                         |
+    third        dQ=dS^T K, 64 columns each; give slot 0 back with the last
+                 dQ to staging, and from there to memory
+                 ...
+
+None waits for one behind it but for a slot, or a stage, of two steps ago, and of that step nothing waits for
+this one: so no circle can close. While one waits the other two multiply, which is all the overlap that there
+is; within a warpgroup products follow each other.
+
+All features are the first warpgroup's: it masks, and what it hands on holds the derivative of the softcap
+already, since dS is linear in dP. dQ is summed up as in :mod:`fap_kernels.hopper.backward`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..language import rows, scores
+from ..launch import UNSPECIALIZED
+from . import backward_tiles, backward_work, barriers, ring, work
+from .backward_tiles import ROWS, THREADS
+from .compat import tma_add
+
+SLOTS = gl.constexpr(2)
+ALL = gl.constexpr(384)
+"""Threads of the three warpgroups."""
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def hopper_backward_relay_kernel(
+    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
+    heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
+    nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
+):  # fmt: skip
+    """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
+
+    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
+    """
+    call = work.Call(
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
+        window_left, window_right, items,
+    )  # fmt: skip
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
+    gl.static_assert(BLOCK_M == ROWS and BLOCK_N == ROWS, "a warpgroup holds 64 keys by 64 queries")
+    room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    exchange = gl.allocate_shared_memory(dk_part0.dtype, [SLOTS, BLOCK_N, BLOCK_M], SWIZZLED)
+    staging = gl.allocate_shared_memory(gl.float32, [1] + dq_acc_part0.block_shape, dq_acc_part0.layout)
+    fence_async_shared()
+    operands = backward_tiles.Operands(
+        call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
+        exchange, staging, dk_part0, dv_part0, dq_acc_part0, None, heads_beside, rows_padded,
+    )  # fmt: skip
+    parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
+    # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
+    gl.warp_specialize(
+        [
+            (_make_dv, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dk, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dq, (operands, parts, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+        ],
+        [4, 4],
+        [200, 96],
+    )
+
+
+@gluon.jit
+def _make_dv(
+    operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):
+    """The first warpgroup: weigh each query tile, hand the weights on, and sum up dV."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    call = operands.call
+    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
+    for member in range(call.group):
+        for number in range(sweep.leading):
+            dv = _weigh_step(operands, tile, sweep, member, number, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES, True)
+        for number in range(sweep.leading, sweep.unmasked_end):
+            dv = _weigh_step(
+                operands, tile, sweep, member, number, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES, False
+            )
+        if call.window_left is not None:
+            for number in range(sweep.unmasked_end, sweep.count):
+                dv = _weigh_step(
+                    operands, tile, sweep, member, number, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES, True
+                )
+    steps = call.group * sweep.count
+    if steps > 0:
+        # With the last slot the second warpgroup has given back the values.
+        barriers.meet(barriers.SLOT_FREE + (steps - 1) % SLOTS, THREADS)
+    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
+    dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    backward_tiles.store(operands.v, 0, dv, dv_rows, tile, WIDTH, BLOCK_N)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _weigh_step(
+    operands, tile, sweep, member, number, dv, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Take in query tile ``number`` of a head, the ``member``-th of its group."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    call = operands.call
+    queries, douts = operands.queries, operands.douts
+    step = member * sweep.count + number
+    stage, phase, slot = step % STAGES, step // STAGES & 1, step % SLOTS
+    head = tile.head_k * call.group + member
+    first_query = sweep.start + number * BLOCK_M
+    k = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
+    dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
+
+    mbarrier.wait(queries.full.index(stage), phase)
+    row_lse = queries.numbers.index(stage).load(gl.SliceLayout(0, S))
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
+    s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
+    weights = backward_tiles.weigh(
+        operands, tile, head, first_query, tile.first_key, s, row_lse, BLOCK_M, MASKED
+    )
+    if step >= SLOTS:
+        barriers.meet(barriers.SLOT_FREE + slot, THREADS)
+    share = scores.logits_grad(operands.score, s, weights)
+    operands.exchange.index(slot).store(share.to(operands.dk.dtype))
+    barriers.arrive(barriers.WEIGHTS_THERE + slot, THREADS)
+    p = gl.convert_layout(weights.to(operands.dk.dtype), WEIGHTS, assert_trivial=True)
+    mbarrier.wait(douts.full.index(stage), phase)
+    dv = warpgroup_mma(p, dout, dv, is_async=True)
+    dv, p = warpgroup_mma_wait(0, [dv, p])
+    barriers.arrive(barriers.DOUTS_FREE + stage, ALL)
+    return dv
+
+
+@gluon.jit
+def _make_dk(
+    operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):
+    """The second warpgroup: turn weights into their gradients in place, and sum up dK."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    call = operands.call
+    queries, douts = operands.queries, operands.douts
+    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    steps = call.group * sweep.count
+    v = ring.matrix(operands.v, BLOCK_N, WIDTH)
+    dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    mbarrier.wait(operands.v_full, 0, pred=steps > 0)
+    for step in range(steps):
+        stage, phase, slot = step % STAGES, step // STAGES & 1, step % SLOTS
+        q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
+        dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
+        mbarrier.wait(douts.full.index(stage), phase)
+        row_delta = douts.numbers.index(stage).load(gl.SliceLayout(0, S))
+        less_delta = gl.zeros([ROWS, BLOCK_M], gl.float32, S) - row_delta[None, :]
+        dp = warpgroup_mma(v, dout.permute([1, 0]), less_delta, is_async=True)
+        barriers.meet(barriers.WEIGHTS_THERE + slot, THREADS)
+        share = operands.exchange.index(slot).load(S).to(gl.float32)
+        dp = warpgroup_mma_wait(0, [dp])
+        barriers.arrive(barriers.DOUTS_FREE + stage, ALL)
+        ds = (share * dp).to(operands.dk.dtype)
+        operands.exchange.index(slot).store(ds)
+        fence_async_shared()
+        barriers.arrive(barriers.GRADIENTS_THERE + slot, THREADS)
+        mbarrier.wait(queries.full.index(stage), phase)
+        ds = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        dk, ds = warpgroup_mma_wait(0, [dk, ds])
+        barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
+    # It was the last to read the last queries, which the first had to read for their weights.
+    place = queries.tiles.index(gl.maximum(steps - 1, 0) % STAGES)
+    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
+    dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    backward_tiles.store(place, 0, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_M)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _make_dq(
+    operands, parts, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr,
+):  # fmt: skip
+    """The third warpgroup: multiply dS by the keys, have the result added up in memory, and fetch."""
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    PARTS: gl.constexpr = WIDTH // ROWS
+    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0]
+    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
+    call = operands.call
+    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    steps = call.group * sweep.count
+    for step in range(gl.minimum(steps, STAGES)):
+        if step == 0:
+            backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
+        backward_tiles.fill(
+            operands, operands.queries, parts[0], parts[4], tile, sweep, step, BLOCK_M, STAGES, PADDING
+        )
+        if step == 0:
+            backward_tiles.fill_keys(operands, operands.v_full, operands.v, parts[2], tile)
+        backward_tiles.fill(
+            operands, operands.douts, parts[3], parts[5], tile, sweep, step, BLOCK_M, STAGES, PADDING
+        )
+    k = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    staging = operands.staging.index(0)
+    no_dq = gl.zeros([ROWS, ROWS], gl.float32, DQ)
+    mbarrier.wait(operands.k_full, 0, pred=steps > 0)
+    for step in range(steps):
+        slot, stage, later = step % SLOTS, step % STAGES, step + STAGES
+        head = tile.head_k * call.group + step // sweep.count
+        first_query = sweep.start + step % sweep.count * BLOCK_M
+        position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
+        barriers.meet(barriers.GRADIENTS_THERE + slot, THREADS)
+        ds = operands.exchange.index(slot).permute([1, 0])
+        for part in gl.static_range(PARTS):
+            columns = k.slice(part * ROWS, ROWS, 1)
+            dq = warpgroup_mma(ds, columns, no_dq, use_acc=False, is_async=True)
+            if part == 0 and later < steps:
+                barriers.meet(barriers.DOUTS_FREE + stage, ALL)
+                backward_tiles.fill(
+                    operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
+                )
+            dq = warpgroup_mma_wait(0, [dq])
+            if part == PARTS - 1:
+                barriers.arrive(barriers.SLOT_FREE + slot, THREADS)
+            tma.store_wait(0)  # what was sent from staging before
+            staging.store(backward_tiles.as_registers_hold_it(dq))
+            fence_async_shared()
+            tma_add(operands.dq_acc, [position * (WIDTH // LINE) + part * HEIGHT, 0], staging)
+        if later < steps:
+            barriers.meet(barriers.QUERIES_FREE + stage, ALL)
+            backward_tiles.fill(
+                operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
+            )
+    tma.store_wait(0)

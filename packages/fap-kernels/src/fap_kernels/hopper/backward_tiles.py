@@ -1,0 +1,148 @@
+"""What the schedules of the Hopper backward share: how tiles come, are weighed, and leave as gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from ..backward.step import recompute_weights
+from ..language import masks, rows, scores
+from . import backward_work, ring, softmax
+from .compat import tma_load
+
+ROWS = softmax.ROWS
+THREADS = gl.constexpr(256)
+"""Of two warpgroups."""
+
+
+class Operands(NamedTuple):
+    """What the warps of a program share.
+
+    Fields:
+        call, score: what to compute.
+        alibi_stride: from one batch entry's ALiBi slopes to the next one's.
+        queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with delta.
+        k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
+            its rows. Its gradients leave through here.
+        exchange: dS of two steps, keys by queries.
+        staging: a tile of dQ of two steps, as registers hold it. Each warpgroup has half of it.
+        dk, dv, dq_acc: descriptors of the results.
+        additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
+        heads_beside: key heads worked on side by side; None for packed sequences.
+        rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
+    """
+
+    call: Any
+    score: Any
+    alibi_stride: Any
+    queries: Any
+    douts: Any
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+    exchange: Any
+    staging: Any
+    dk: Any
+    dv: Any
+    dq_acc: Any
+    additions: Any
+    heads_beside: Any
+    rows_padded: Any
+
+
+class Tiles(NamedTuple):
+    """Shared memory that is filled by what fetches; the fields are those of :class:`Operands`."""
+
+    queries: Any
+    douts: Any
+    k: Any
+    v: Any
+    k_full: Any
+    v_full: Any
+
+
+@gluon.jit
+def make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES: gl.constexpr):
+    """Room for a key tile, and for ``STAGES`` tiles of queries and of the output's gradient."""
+    gl.static_assert(STAGES <= 2, "there are no more barriers")
+    queries = ring.make_numbered_tiles(q_part0, lse_part0, STAGES)
+    douts = ring.make_numbered_tiles(dout_part0, delta_part0, STAGES)
+    k = gl.allocate_shared_memory(k_part0.dtype, k_part0.block_shape, k_part0.layout)
+    v = gl.allocate_shared_memory(v_part0.dtype, v_part0.block_shape, v_part0.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    return Tiles(queries, douts, k, v, k_full, v_full)
+
+
+@gluon.jit
+def fill_keys(operands, full, place, part, tile):
+    """Fetch the tile of keys, or of values, by its descriptor ``part``."""
+    packed = tile.k_start if operands.call.cu_seqlens_k is not None else None
+    k_rows = rows.Rows(None, None, part, None, tile.k_batch, packed, tile.seqlen_k, None)
+    mbarrier.expect(full, part.block_type.nbytes)
+    tma_load(part, ring.coordinates_of(k_rows, tile.head_k, tile.first_key), full, place)
+
+
+@gluon.jit
+def fill(
+    operands, numbered, part, vector, tile, sweep, step,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr,
+):  # fmt: skip
+    """Fetch the queries of a step, or the output's gradient, and their numbers into a stage that is free."""
+    call = operands.call
+    member, number = step // sweep.count, step % sweep.count
+    head = tile.head_k * call.group + member
+    first_query = sweep.start + number * BLOCK_M
+    packed = tile.q_start if call.cu_seqlens_q is not None else None
+    q_rows = rows.Rows(None, None, part, None, tile.q_batch, packed, tile.seqlen_q, None)
+    position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
+    ring.fill_numbered(numbered, step % STAGES, q_rows, head, first_query, vector, position)
+
+
+@gluon.jit
+def weigh(
+    operands, tile, head, first_query, first_key, s, row_lse, BLOCK_M: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """The weights of 64 keys, keys by queries, from their products and the queries' LSE."""
+    S: gl.constexpr = s.type.layout
+    query = first_query + gl.arange(0, BLOCK_M, gl.SliceLayout(0, S))[None, :]
+    key = first_key + gl.arange(0, ROWS, gl.SliceLayout(1, S))[:, None]
+    call, score = operands.call, operands.score
+    slopes = score.slopes
+    if slopes is not None:
+        slopes += tile.batch * operands.alibi_stride
+    entry_score = scores.Scores(score.scale, score.folded_scale, score.softcap, slopes)
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    return recompute_weights(head, s, row_lse[None, :], query, key, window, entry_score, MASKED)
+
+
+@gluon.jit
+def as_registers_hold_it(dq):
+    """A 64 x 64 accumulator as ``(16, 256)``: each thread's numbers side by side, four at a time.
+
+    :func:`fap_kernels.hopper.query_grads.load_tile` reads it.
+    """
+    # Rows: warp, half, row of a quad. Columns: group of eight, lane of a quad, neighbour.
+    parts = dq.reshape([4, 2, 8, 8, 4, 2])
+    return parts.permute([3, 0, 2, 4, 1, 5]).reshape([16, 256])
+
+
+@gluon.jit
+def store(place_of_all, WARPGROUP: gl.constexpr, acc, rows, tile, WIDTH: gl.constexpr, HEIGHT: gl.constexpr):
+    """Round the accumulator of a warpgroup's 64 keys and start its way to memory.
+
+    Args:
+        place_of_all: a tile of ``HEIGHT`` rows that nobody reads any more, of which 64 are the warpgroup's.
+    """
+    ROW_DIMENSION: gl.constexpr = len(place_of_all.shape) - 2
+    place = place_of_all.slice(WARPGROUP * ROWS, ROWS, ROW_DIMENSION)
+    ring.matrix(place_of_all, HEIGHT, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0).store(acc.to(rows.part0.dtype))
+    fence_async_shared()
+    ring.drain(place, rows, tile.head_k, tile.first_key + WARPGROUP * ROWS)

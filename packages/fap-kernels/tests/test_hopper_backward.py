@@ -192,6 +192,8 @@ def test_what_the_portable_kernels_do_faster_runs_where_it_is_asked_for(call: di
         {"packed": True},
         {"softcap": 3.0},
         {"window_size": (9, 0)},
+        {"head_dim": 192, "causal": True},
+        {"head_dim": 256, "packed": True, "softcap": 3.0},
     ],
     ids=str,
 )

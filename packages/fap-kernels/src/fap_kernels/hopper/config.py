@@ -309,16 +309,12 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="causal: 547 at 8k, 579 at 16k; portable 337, 369, cuDNN 485, 540; softcap 1.33x"),
     HopperRow(head_dim=128, config=BACKWARD_128, measured=False,
               why="packed, causal: the portable kernels are faster by 1.09 at 512"),
-    HopperRow(head_dim=224, config=BACKWARD_256, measured=False,
-              why="its speed at head dimensions from 129 to 224 is not measured"),
-    HopperRow(head_dim=256, plain=False, config=BACKWARD_256, measured=False,
-              why="its speed with softcap or ALiBi is not measured at head dimension 256"),
-    HopperRow(head_dim=256, packed=True, config=BACKWARD_256, measured=False,
-              why="its speed on packed sequences is not measured at head dimension 256"),
-    HopperRow(head_dim=256, windowed=True, config=BACKWARD_256, measured=False,
-              why="its speed with a window to the left is not measured at head dimension 256"),
+    HopperRow(head_dim=176, config=BACKWARD_256, measured=False,
+              why="d136, d160: the portable kernels are faster by 1.16 to 1.33"),
+    HopperRow(head_dim=192, bounded=False, config=BACKWARD_256, measured=False,
+              why="d192, full: the portable kernels are faster by 1.06 to 1.09"),
     HopperRow(head_dim=256, config=BACKWARD_256,
-              why="243 at 512, 400 at 16k, causal 153, 426; portable 198, 270, 135, 244, cuDNN 358, 392"),
+              why="280 at 512, 425 at 16k, causal 191, 414; portable 204, 265, 140, 253; softcap 4x"),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ LONGEST = 16384
 # Between two of these every table gives one configuration, so that problems share compiled kernels.
 LENGTHS = sorted(
     {row.seqlen_from for table in (FORWARD, BACKWARD) for row in table}
-    | {row.seqlen_below for row in FORWARD if row.seqlen_below is not None}
+    | {row.seqlen_below for table in (FORWARD, BACKWARD) for row in table if row.seqlen_below is not None}
 )
 # Full tiles, and tiles that zeros fill up; all multiples of 16, for which Triton compiles alike.
 HEAD_DIMS = {True: (64, 128, 256, 80, 40, 160, 192), False: (48, 96, 192, 80, 32, 160)}

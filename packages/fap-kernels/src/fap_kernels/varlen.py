@@ -138,7 +138,7 @@ def attention_varlen_backward(
         softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p: as given to the forward pass.
         rng_state: as the forward pass returned it; needed iff ``dropout_p > 0``.
         deterministic: gradients must be bitwise equal on every run. The portable kernels' always are; those
-            for Hopper then add up dQ in a fixed order.
+            for Hopper then add up dQ in a fixed order, and leave head dims above 128 to the portable ones.
 
     Returns:
         ``dq`` like q, ``dk`` and ``dv`` like k and v, all contiguous; 0 where a row does not count.

@@ -22,6 +22,7 @@ from fap_api.integrations.context_parallel import (
     shard_sequence,
     unshard_sequence,
 )
+from fap_testing.reference import attention_reference_gradients
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,25 @@ def assert_near(actual, expected):
     assert worst < 2e-2, f"the worst row is off by {worst:.1e} of its norm"
 
 
+def assert_no_worse(parts, whole, exact):
+    """The parts are at most twice as far off as the whole, and their worst row three times, plus 2e-3.
+
+    A sharp softmax has rows of gradients that all but cancel out; there two right results are as far from
+    each other as each is from the exact one, so no bound on their difference is both safe and tight.
+    Parts are rounded before they are added up, and rows where they cancel out show it most.
+    """
+    wide = exact.double()
+    size = wide.norm(dim=-1)
+    floor = size.clamp(min=size.mean().item())
+
+    def off(x):
+        error = x.double() - wide
+        return (error.norm() / wide.norm()).item(), (error.norm(dim=-1) / floor).max().item()
+
+    for times, got, allowed in zip((2, 3), off(parts), off(whole), strict=True):
+        assert got <= times * allowed + 2e-3, f"off by {got:.1e} of its norm, and the whole by {allowed:.1e}"
+
+
 def check(mesh, setting, method, causal, nheads_k, dtype):
     """Compare output and gradients of the parts with those of the whole, which every process draws alike."""
     torch.manual_seed(7)
@@ -70,9 +90,13 @@ def check(mesh, setting, method, causal, nheads_k, dtype):
     whole = [x.requires_grad_() for x in whole]
     right = fap_api.flash_attn_func(*whole, causal=causal, softmax_scale=0.4)
     expected = right, *torch.autograd.grad(right, whole, dout)
-    for x, y in zip(got, expected, strict=True):
+    exact = attention_reference_gradients(*whole, dout, causal=causal, softmax_scale=0.4)
+    for name, x, y in zip(("out", "dq", "dk", "dv"), got, expected, strict=True):
         assert x.dtype == y.dtype == dtype
-        assert_near(unshard_sequence(x, mesh), y.detach())
+        if dtype == torch.bfloat16:
+            assert_no_worse(unshard_sequence(x, mesh), y.detach(), getattr(exact, name))
+        else:
+            assert_near(unshard_sequence(x, mesh), y.detach())
 
 
 def check_refusals(mesh, setting):

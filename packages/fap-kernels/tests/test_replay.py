@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -24,8 +24,12 @@ from fap_kernels import (
     use_schedule,
     varlen,
 )
+from fap_kernels.alike import Alike
 from fap_kernels.launch import Launch
 from fap_kernels.replay import Replay, Replays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Compiled:
@@ -140,6 +144,164 @@ def test_an_append_and_a_rotation_are_kept(on_cpu: None) -> None:
     assert made.shape == out.shape
 
 
+class TestWhatIsAlike:
+    """Python's way to tell calls apart is a key, and the quick one a guard of PyTorch's compiler."""
+
+    KINDS: ClassVar[dict[str, Callable[[], Any]]] = {
+        "size": lambda: torch.zeros(2, 8, 4, 17),
+        "rank": lambda: torch.zeros(2, 8, 4),
+        "dtype": lambda: torch.zeros(2, 8, 4, 16, dtype=torch.float16),
+        "strides": lambda: torch.zeros(2, 4, 8, 16).transpose(1, 2),
+        "alignment": lambda: torch.zeros(2 * 8 * 4 * 16 + 1)[1:].view(2, 8, 4, 16),
+        "gradient": lambda: torch.zeros(2, 8, 4, 16, requires_grad=True),
+        "class": lambda: torch.nn.Parameter(torch.zeros(2, 8, 4, 16)),
+        "device": lambda: torch.zeros(2, 8, 4, 16, device="meta"),
+        "sparse": lambda: torch.zeros(2, 8, 4, 16).to_sparse(),
+        "mkldnn": lambda: torch.zeros(2, 8, 4, 16).to_mkldnn(),
+        "nested": lambda: torch.nested.nested_tensor([torch.zeros(8, 4, 16)] * 2),
+        "jagged": lambda: torch.nested.nested_tensor([torch.zeros(8, 4, 16)] * 2, layout=torch.jagged),
+        "functional": lambda: torch._to_functional_tensor(torch.zeros(2, 8, 4, 16)),
+        "negative": lambda: torch._neg_view(torch.zeros(2, 8, 4, 16)),
+        "text": lambda: "no tensor",
+        "missing": lambda: None,
+    }
+
+    @staticmethod
+    def draw() -> list[torch.Tensor | None]:
+        return [torch.zeros(2, 8, 4, 16), None, torch.zeros(3, 5)]
+
+    def test_new_tensors_of_the_same_kind_are(self) -> None:
+        alike = Alike(self.draw())
+        assert alike.match(self.draw())
+        with torch.no_grad():
+            assert alike.match(self.draw())
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_another_kind_is_not(self, kind: str) -> None:
+        """Nor does anything go wrong in C++ for a layout that has no sizes or strides."""
+        other = self.KINDS[kind]()
+        first, *others = self.draw()
+        alike = Alike([first, *others])
+        assert not alike.match([other, *others])
+        if isinstance(other, torch.Tensor):
+            assert not Alike([other, *others]).match([first, *others])
+
+    def test_what_is_missing_counts(self) -> None:
+        """Where all sizes agree too, as those of seqused_q and seqused_k."""
+        x = torch.zeros(4)
+        assert not Alike([x, None]).match([None, x])
+        assert not Alike([x, None]).match([x, x])
+        assert not Alike([x, x]).match([x, None])
+
+    def test_what_the_dispatcher_does_counts(self) -> None:
+        alike = Alike(self.draw())
+        with torch.inference_mode():
+            assert not alike.match(self.draw())
+            assert Alike(self.draw()).match(self.draw())
+
+        def within(x: torch.Tensor) -> torch.Tensor:
+            assert x.shape == (2, 8, 4, 16)
+            assert not alike.match([x, *self.draw()[1:]])
+            return x
+
+        torch.func.vmap(within)(torch.zeros(3, 2, 8, 4, 16))
+
+    def test_nothing_is_kept_alive(self) -> None:
+        x = torch.zeros(4)
+        gone = weakref.ref(x)
+        alike = Alike([x])
+        del x
+        gc.collect()
+        assert gone() is None
+        assert alike.match([torch.zeros(4)])
+
+    def test_where_pytorch_has_no_guard_nothing_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+        assert not Alike(self.draw()).match(self.draw())
+
+
+class TestTheLastCall:
+    """It is found by the quick way, and no other call is."""
+
+    OPTIONS = (0.5, True, (-1, -1), 1)
+
+    @pytest.fixture(autouse=True)
+    def as_if_on_a_gpu(self, on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+        """Facts of tensors on a CPU; those that had to be read."""
+        read: list[object] = []
+
+        def facts(tensors: Any) -> object:
+            read.append([x.shape for x in tensors])
+            return tuple(x.shape for x in tensors)
+
+        monkeypatch.setattr(replay, "_facts", facts)
+        return read
+
+    @staticmethod
+    def keep(replays: Replays, q: torch.Tensor, options: tuple[Any, ...]) -> Replay:
+        key, nothing = replays.find((q,), options)
+        assert nothing is None
+        keep = replays.keeper(key, {"q": q})
+        assert keep is not None
+        keep([(launch_of(q=q), Compiled())], {})
+        found = replays.find((q,), options)[1]
+        assert found is not None
+        return found
+
+    def test_is_found_at_once(self, as_if_on_a_gpu: list[object]) -> None:
+        replays, read = Replays(), as_if_on_a_gpu
+        first = self.keep(replays, torch.zeros(2), self.OPTIONS)
+        assert len(read) == 1, "when there was none"
+        second = self.keep(replays, torch.zeros(3), self.OPTIONS)
+        assert second is not first
+        assert len(read) == 2
+        for size, expected, reads in ((2, first, 1), (2, first, 0), (3, second, 1), (3, second, 0)):
+            read.clear()
+            assert replays.find((torch.zeros(size),), self.OPTIONS)[1] is expected
+            assert len(read) == reads
+
+    def test_is_found_again_under_inference_mode(self, as_if_on_a_gpu: list[object]) -> None:
+        replays, read = Replays(), as_if_on_a_gpu
+        kept = self.keep(replays, torch.zeros(2), self.OPTIONS)
+        read.clear()
+        with torch.inference_mode():
+            for _ in range(3):
+                assert replays.find((torch.zeros(2),), self.OPTIONS)[1] is kept
+        assert len(read) == 1
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            (0.25, True, (-1, -1), 1),
+            (0.5, 1, (-1, -1), 1),
+            (0.5, True, (-1, 0), 1),
+            (0.5, True, (-1.0, -1), 1),
+            (0.5, True, [-1, -1], 1),
+            (0.5, True, (-1, -1), True),
+            (0.5, True, (-1, -1), torch.tensor(1)),
+        ],
+    )
+    def test_is_not_one_with_other_options(self, options: tuple[Any, ...]) -> None:
+        replays, q = Replays(), torch.zeros(2)
+        kept = self.keep(replays, q, self.OPTIONS)
+        assert replays.find((q,), options)[1] is None
+        assert replays.find((q,), self.OPTIONS)[1] is kept
+
+    def test_is_not_one_by_another_schedule(self) -> None:
+        replays, q = Replays(), torch.zeros(2)
+        kept = self.keep(replays, q, self.OPTIONS)
+        with use_schedule("portable"):
+            assert replays.find((q,), self.OPTIONS)[1] is None
+        assert replays.find((q,), self.OPTIONS)[1] is kept
+
+    def test_is_not_run_on_another_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        replays, q = Replays(), torch.zeros(2)
+        self.keep(replays, q, self.OPTIONS)
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+        assert replays.find((q,), self.OPTIONS)[1] is None
+
+
 class TestPackedSequences:
     """Every tensor of a call over packed sequences is known by its name, so the call is kept."""
 
@@ -155,7 +317,7 @@ class TestPackedSequences:
         monkeypatch.setattr(Launch, "run", run)
         monkeypatch.setattr(target, "target_of", lambda _: target.SM_90)
         monkeypatch.setattr(execute, "require_supported", lambda _: None)
-        monkeypatch.setattr(Replays, "key", lambda *_: "key")
+        monkeypatch.setattr(replay, "_facts", lambda _: "those of any tensors")
         for name in ("_forward_replays", "_backward_replays"):
             monkeypatch.setattr(varlen, name, Replays())
         return launched

@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from fap_api import _dispatch, _flops, _ops, _varlen_ops
+from fap_api._plans import Plans
 from fap_api._validate import refuse_tangents
 from fap_api.backends import select
 from fap_kernels.packing import Packing, check_length
@@ -79,9 +80,7 @@ class _Plan(NamedTuple):
     backend: str
 
 
-# Plans by everything that the checks and the choice depend on, so that a repeated call is checked once.
-_plans: dict[tuple[object, ...], _Plan] = {}
-_MOST_PLANS = 4096
+_plans: Plans[_Plan] = Plans()
 # Types whose values never change.
 _PLAIN = frozenset((bool, int, float, type(None)))
 _BOUNDS = frozenset((int,))
@@ -100,7 +99,7 @@ def attention(
     if sequences is not None:
         operators, operator = _varlen_ops, _varlen_ops.attention_varlen_forward
         places = sequences = sequences.with_integers()
-    plan = _plan(q, k, v, options, sequences)
+    plan = (_new_plan if compiling else _plan)(q, k, v, options, sequences)
     slopes = options.alibi_slopes
     if not compiling:
         if torch._C._len_torch_dispatch_stack():
@@ -171,46 +170,20 @@ def _describe(
 def _plan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, sequences: Sequences | None
 ) -> _Plan:
-    if torch.compiler.is_compiling():
-        return _new_plan(q, k, v, options, sequences)
     p, scale, causal, window, softcap, slopes, deterministic, return_attn_probs = options
     numbers = (p, scale, causal, softcap, deterministic, return_attn_probs)
     # Equal values of two types may be right and wrong: True, 1 and 1.0.
     kinds = tuple(map(type, numbers))
     if type(window) is not tuple or not _BOUNDS.issuperset(map(type, window)) or not _PLAIN.issuperset(kinds):
         return _new_plan(q, k, v, options, sequences)
-    try:
-        key = (
-            q.shape, q.dtype, q.device, q.layout,
-            k.shape, k.dtype, k.device, k.layout,
-            v.shape, v.dtype, v.device, v.layout,
-            kinds, numbers, window,
-            slopes if slopes is None else _tensor_key(slopes),
-            sequences if sequences is None else _sequences_key(sequences),
-            torch.is_grad_enabled(), q.requires_grad or k.requires_grad or v.requires_grad,
-            select.explicit_choice(), os.environ.get(select.ENVIRONMENT),
-        )  # fmt: skip
-        plan = _plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):
-        # A symbolic size, a nested tensor, which has no shape, or something that is no tensor at all.
-        return _new_plan(q, k, v, options, sequences)
-    if plan is None:
-        plan = _new_plan(q, k, v, options, sequences)
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
-def _tensor_key(x: torch.Tensor) -> tuple[object, ...]:
-    return x.shape, x.dtype, x.device, x.layout, x.requires_grad
-
-
-def _sequences_key(sequences: Sequences) -> tuple[object, ...]:
-    tensors = [x if x is None else _tensor_key(x) for x in sequences.tensors()]
-    pages = sequences.block_table
-    strides = None if pages is None else pages.stride()
-    return *tensors, sequences.max_seqlen_q, sequences.max_seqlen_k, strides
+    tensors: tuple[torch.Tensor | None, ...] = (q, k, v, slopes)
+    lengths = None
+    if sequences is not None:
+        tensors += sequences.tensors()
+        lengths = sequences.max_seqlen_q, sequences.max_seqlen_k
+    state = torch.is_grad_enabled(), select.explicit_choice(), os.environ.get(select.ENVIRONMENT)
+    rest = (kinds, numbers, window, lengths, state)
+    return _plans.get(tensors, rest, _new_plan, (q, k, v, options, sequences))
 
 
 def _new_plan(

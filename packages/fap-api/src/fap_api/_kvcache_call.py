@@ -9,6 +9,7 @@ import torch
 
 from fap_api import _dispatch, _kvcache_ops
 from fap_api._kvcache_checks import as_length, check_combination, check_new_keys, check_rotary
+from fap_api._plans import Plans
 from fap_api.backends import select
 from fap_kernels.cache import Cache, check_last_strides, check_num_splits
 from fap_kernels.errors import WrongType
@@ -62,9 +63,7 @@ class _Plan(NamedTuple):
     capacity: int
 
 
-# Plans by everything that the checks and the choice depend on, so that a repeated call is checked once.
-_plans: dict[tuple[object, ...], _Plan] = {}
-_MOST_PLANS = 4096
+_plans: Plans[_Plan] = Plans()
 _NUMBERS = frozenset((int, float, type(None)))
 _FLAGS = frozenset((bool,))
 
@@ -168,29 +167,12 @@ def _plan(tensors: KVCacheTensors, options: KVCacheOptions) -> _Plan:
     )
     if not plain:
         return _new_plan(tensors, options)
-    try:
-        key = (
-            *[None if x is None else _key(x) for x in tensors],
-            options,
-            torch.is_grad_enabled(),
-            (select.explicit_choice(), os.environ.get(select.ENVIRONMENT)),
-        )
-        plan = _plans.get(key)
-    except (AttributeError, TypeError, RuntimeError):
-        # A symbolic size, a nested tensor, which has no shape, or something that is no tensor at all.
-        return _new_plan(tensors, options)
-    if plan is None:
-        plan = _new_plan(tensors, options)
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
-
-
-def _key(x: Any) -> tuple[object, ...]:
-    if type(x) is int:  # a length, which is checked on every call
-        return (int,)
-    return x.shape, x.dtype, x.device, x.layout, x.stride(-1) if x.dim() else 0, x.requires_grad
+    given: tuple[Any, ...] = tensors
+    one_length = type(tensors.cache_seqlens) is int
+    if one_length:  # which is checked on every call
+        given = tensors._replace(cache_seqlens=None)
+    state = torch.is_grad_enabled(), select.explicit_choice(), os.environ.get(select.ENVIRONMENT)
+    return _plans.get(given, (options, one_length, state), _new_plan, (tensors, options))
 
 
 def _new_plan(tensors: KVCacheTensors, options: KVCacheOptions) -> _Plan:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from . import execute
 from .problem import AttentionProblem
 from .replay import Replays
-from .schedule import explicit_schedule
 from .support import require_supported
 
 if TYPE_CHECKING:
@@ -70,11 +69,10 @@ def attention_forward(
         ValueError, TypeError: an option out of range or of the wrong type.
     """
     # With dropout there is another tensor, drawn anew each time: such calls are planned each time.
-    key = None
+    key = replay = None
     if dropout_p == 0.0:
-        options = (softmax_scale, causal, window_size, softcap, dropout_p, explicit_schedule())
-        key = _forward_replays.key((q, k, v, alibi_slopes), options)
-    replay = _forward_replays.find(key)
+        options = (softmax_scale, causal, window_size, softcap, dropout_p)
+        key, replay = _forward_replays.find((q, k, v, alibi_slopes), options)
     if replay is not None:
         out, softmax_lse = replay.run(q, k, v, alibi_slopes)
         return out, softmax_lse, None
@@ -132,11 +130,10 @@ def attention_backward(
         "dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dlse": dlse,
         "alibi_slopes": alibi_slopes,
     }  # fmt: skip
-    key = None
+    key = replay = None
     if dropout_p == 0.0:
         options = (softmax_scale, causal, window_size, softcap, dropout_p, deterministic)
-        key = _backward_replays.key(tuple(given.values()), options)
-    replay = _backward_replays.find(key)
+        key, replay = _backward_replays.find(tuple(given.values()), options)
     if replay is not None:
         dq, dk, dv, *_ = replay.run(*given.values())
         return dq, dk, dv

@@ -76,8 +76,7 @@ def attention_kvcache_forward(
         "q": q, "k": k_cache, "v": v_cache, "seqused_k": cache_seqlens, "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad, "block_table": block_table, "alibi_slopes": alibi_slopes,
     }  # fmt: skip
-    key = _replays.key(tuple(given.values()), options)
-    replay = _replays.find(key)
+    key, replay = _replays.find(tuple(given.values()), options)
     if replay is not None:
         out, softmax_lse, *_ = replay.run(*given.values())
         return out, softmax_lse
@@ -131,8 +130,7 @@ def kvcache_append(
         "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "cache_seqlens": cache_seqlens,
         "cache_batch_idx": cache_batch_idx, "block_table": block_table, "cos": rotary_cos, "sin": rotary_sin,
     }  # fmt: skip
-    key = _append_replays.key(tuple(given.values()), (rotary_interleaved,))
-    replay = _append_replays.find(key)
+    key, replay = _append_replays.find(tuple(given.values()), (rotary_interleaved,))
     if replay is not None:
         replay.run(*given.values())
         return

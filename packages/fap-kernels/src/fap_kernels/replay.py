@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .alike import Alike
 from .direct import DirectLaunch, is_descriptor
 from .schedule import explicit_schedule
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from .launch import Launch
 
+    _Key = tuple[Hashable, Hashable]
     Keep = Callable[[Sequence[tuple[Launch, Any]], Mapping[str, torch.Tensor]], None]
 
 __all__ = ["Replay", "Replays"]
@@ -33,50 +35,75 @@ _ON_CPU = -1  # as in tests without a GPU
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
-class Replays:
-    """The launches of one function's earlier calls, by key and by the schedule that was chosen explicitly."""
+class _Kept:
+    """One earlier call.
 
-    __slots__ = ("_kept",)
+    Attributes:
+        key: of :meth:`Replays.key`; its second half is all but the tensors.
+        replay: its launches.
+        alike: knows tensors of this key at once.
+    """
+
+    __slots__ = ("alike", "key", "replay")
+
+    def __init__(self, key: _Key, replay: Replay, tensors: Sequence[torch.Tensor | None]) -> None:
+        self.key = key
+        self.replay = replay
+        self.alike = Alike(tensors)
+
+
+class Replays:
+    """The launches of one function's earlier calls, the last one's at hand."""
+
+    __slots__ = ("_kept", "_last")
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Replay] = {}
+        self._kept: dict[_Key, _Kept] = {}
+        self._last: _Kept | None = None
 
-    def key(self, tensors: Sequence[torch.Tensor | None], options: Sequence[Any]) -> Hashable:
-        """The key of a call, or None if it holds something unusual and must be checked each time."""
-        if not _TENSORS.issuperset(map(type, tensors)) or tensors[0] is None or not tensors[0].is_cuda:
-            return None
-        # Equal values of two types may be right and wrong: True, 1 and 1.0.
-        kinds = tuple(map(type, options))
-        if not _PLAIN.issuperset(kinds):
-            return None
-        for option in options:
-            if type(option) is tuple and not _BOUNDS.issuperset(map(type, option)):
-                return None
-        # Sparse tensors have no strides, and fake ones no address.
-        try:
-            facts = [
-                None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
-                for x in tensors
-            ]
-        except RuntimeError:
-            return None
-        return (*facts, kinds, *options)
+    @staticmethod
+    def key(tensors: Sequence[torch.Tensor | None], options: Sequence[Any]) -> _Key | None:
+        """The key of a call, or None if it holds something unusual and must be checked each time.
 
-    def find(self, key: Hashable) -> Replay | None:
-        """The launches of an earlier call with this key, where they can run now."""
-        replay = self._kept.get((explicit_schedule(), key)) if key is not None else None
+        The schedule that was chosen explicitly is part of it.
+        """
+        facts, rest = _facts(tensors), _rest(options)
+        return None if facts is None or rest is None else (facts, rest)
+
+    def find(
+        self, tensors: Sequence[torch.Tensor | None], options: Sequence[Any]
+    ) -> tuple[_Key | None, Replay | None]:
+        """The key of a call, and the launches of an earlier one with this key, where they can run now."""
+        last, rest = self._last, _rest(options)
+        if rest is None:
+            return None, None
+        if last is not None and last.key[1] == rest and last.alike.match(tensors):
+            kept = last
+        else:
+            facts = _facts(tensors)
+            if facts is None:
+                return None, None
+            key = (facts, rest)
+            found = self._kept.get(key)
+            if found is None:
+                return key, None
+            if found is last:
+                # The dispatcher's state is another one, as under torch.inference_mode().
+                found.alike = Alike(tensors)
+            self._last = kept = found
         # Not torch.cuda.current_device, which sees to it each time that CUDA is there.
-        if replay is None or replay.device != torch._C._cuda_getDevice():
-            return None
-        return replay
+        if kept.replay.device != torch._C._cuda_getDevice():
+            return kept.key, None
+        return kept.key, kept.replay
 
-    def keeper(self, key: Hashable, given: Mapping[str, torch.Tensor | None]) -> Keep | None:
+    def keeper(self, key: _Key | None, given: Mapping[str, torch.Tensor | None]) -> Keep | None:
         """What keeps the launches that a call has run, with the tensors that it has made; None without a key.
 
         Args:
-            key: from :meth:`key`.
+            key: from :meth:`find`.
             given: the call's tensors by the name that kernels take them by, in the order in which
-                :meth:`Replay.run` will get them. A call that launches a copy of one of them is not kept.
+                :meth:`find` got them and :meth:`Replay.run` will. A call that launches a copy of one of them
+                is not kept.
         """
         if key is None:
             return None
@@ -87,9 +114,37 @@ class Replays:
                 return
             if len(self._kept) >= MOST_REPLAYS:
                 self._kept.clear()
-            self._kept[explicit_schedule(), key] = replay
+            self._kept[key] = self._last = _Kept(key, replay, tuple(given.values()))
 
         return keep
+
+
+def _facts(tensors: Sequence[torch.Tensor | None]) -> Hashable | None:
+    """What a call's launches depend on of its tensors; None if they are not all plain ones of a GPU."""
+    if not _TENSORS.issuperset(map(type, tensors)) or tensors[0] is None or not tensors[0].is_cuda:
+        return None
+    # Sparse tensors have no strides, and fake ones no address.
+    try:
+        return tuple(
+            [
+                None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16)
+                for x in tensors
+            ]
+        )
+    except RuntimeError:
+        return None
+
+
+def _rest(options: Sequence[Any]) -> Hashable | None:
+    """What they depend on besides; None if an option is of an unusual type."""
+    # Equal values of two types may be right and wrong: True, 1 and 1.0.
+    kinds = tuple(map(type, options))
+    if not _PLAIN.issuperset(kinds):
+        return None
+    for option in options:
+        if type(option) is tuple and not _BOUNDS.issuperset(map(type, option)):
+            return None
+    return explicit_schedule(), kinds, *options
 
 
 class Replay:

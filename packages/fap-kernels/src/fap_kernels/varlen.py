@@ -8,7 +8,6 @@ from . import execute
 from .packing import Packing
 from .problem import AttentionProblem
 from .replay import Replays
-from .schedule import explicit_schedule
 from .support import require_supported
 
 if TYPE_CHECKING:
@@ -75,16 +74,14 @@ def attention_varlen_forward(
         "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "seqused_k": seqused_k, "block_table": block_table, "alibi_slopes": alibi_slopes,
     }  # fmt: skip
-    key = None
+    key = replay = None
     # With dropout there is another tensor, drawn anew each time, and the rows that seqused_q leaves out are
     # written by no kernel: such calls are planned each time.
     if dropout_p == 0.0 and seqused_q is None:
         options = (
             max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p,
-            explicit_schedule(),
         )  # fmt: skip
-        key = _forward_replays.key(tuple(given.values()), options)
-    replay = _forward_replays.find(key)
+        key, replay = _forward_replays.find(tuple(given.values()), options)
     if replay is not None:
         out, softmax_lse = replay.run(*given.values())
         return out, softmax_lse, None
@@ -151,13 +148,12 @@ def attention_varlen_backward(
         "dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse, "dlse": dlse,
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "alibi_slopes": alibi_slopes,
     }  # fmt: skip
-    key = None
+    key = replay = None
     if dropout_p == 0.0 and seqused_q is None and seqused_k is None:
         options = (
             max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p, deterministic
         )  # fmt: skip
-        key = _backward_replays.key(tuple(given.values()), options)
-    replay = _backward_replays.find(key)
+        key, replay = _backward_replays.find(tuple(given.values()), options)
     if replay is not None:
         dq, dk, dv, *_ = replay.run(*given.values())
         return dq[0], dk[0], dv[0]

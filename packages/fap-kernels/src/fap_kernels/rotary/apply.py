@@ -56,12 +56,11 @@ def apply_rotary(
     """
     offsets = seqlen_offsets if isinstance(seqlen_offsets, torch.Tensor) else None
     given = {"x": x, "out": out, "cos": cos, "sin": sin, "offsets": offsets, "cu_seqlens": cu_seqlens}
-    key = None
+    key = replay = None
     # A number that grows from call to call would be another key each time.
     if offsets is not None or seqlen_offsets == 0:
         # Turned in place, x keeps the columns that are not turned; they are copied elsewhere.
-        key = _replays.key(tuple(given.values()), (interleaved, max_seqlen, conjugate, out is x))
-    replay = _replays.find(key)
+        key, replay = _replays.find(tuple(given.values()), (interleaved, max_seqlen, conjugate, out is x))
     if replay is not None:
         made = replay.run(*given.values())
         return made[0] if out is None else out

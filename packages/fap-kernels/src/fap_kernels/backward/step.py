@@ -20,7 +20,7 @@ def recompute_weights(head, products, lse, queries, keys, window, score, MASKED:
     distances = masks.distance(window, queries, keys)
     x = scores.logits(score, head, products, distances)
     if MASKED:
-        x = tl.where(masks.visible(window, distances, keys), x, float("-inf"))
+        x = tl.where(masks.visible(window, queries, keys), x, float("-inf"))
     return softmax.weights_of(x, scores.unit(score), lse)
 
 

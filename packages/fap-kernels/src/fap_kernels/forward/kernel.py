@@ -125,7 +125,7 @@ def attend(
     k_tile = rows.load(k_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)
     x = scores.logits(score, head, parts.contract(q_tile, k_tile), distances)
     if MASKED:
-        x = tl.where(masks.visible(window, distances, keys[None, :]), x, float("-inf"))
+        x = tl.where(masks.visible(window, queries[:, None], keys[None, :]), x, float("-inf"))
     weights, rescale, row_max, row_sum = softmax.step(x, scores.unit(score), row_max, row_sum, MASKED)
     weights = drop.apply(dropout, head, weights, queries[:, None], keys[None, :])
     v_tile = rows.load(v_rows, head_k, first_key, BLOCK_N, HEAD_DIM, PART0, PART1, MASKED)

@@ -47,7 +47,7 @@ def attention_probabilities_kernel(
     row_lse = tl.load(entry_lse + queries, mask=queries < seqlen_q, other=float("inf"))
     distances = masks.distance(window, queries, keys)
     x = scores.logits(score, head, parts.contract(q_tile, k_tile), distances)
-    seen = masks.visible(window, distances, keys) & (queries < seqlen_q)
+    seen = masks.visible(window, queries, keys) & (queries < seqlen_q)
     weight = softmax.weights_of(tl.where(seen, x, float("-inf")), scores.unit(score), row_lse * scores.LOG2E)
     if rng_state is not None:
         dropout = drop.Dropout(rng_state, batch * nheads, keep_threshold, None)

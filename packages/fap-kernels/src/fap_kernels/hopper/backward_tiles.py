@@ -8,9 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ..backward.step import recompute_weights
 from ..language import masks, rows, scores
-from . import backward_work, ring, softmax
+from ..language import softmax as weights
+from . import backward_work, hiding, ring, softmax
 from .compat import tma_load
 
 ROWS = softmax.ROWS
@@ -120,7 +120,10 @@ def weigh(
     entry_score = scores.Scores(score.scale, score.folded_scale, score.softcap, slopes)
     diagonal = tile.seqlen_k - tile.seqlen_q
     window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
-    return recompute_weights(head, s, row_lse[None, :], query, key, window, entry_score, MASKED)
+    x = scores.logits(entry_score, head, s, masks.distance(window, query, key))
+    if MASKED:
+        x = hiding.hide(window, x, query, key)
+    return weights.weights_of(x, scores.unit(entry_score), row_lse[None, :])
 
 
 @gluon.jit

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import ring, softmax, turns, work
+from . import hiding, ring, softmax, turns, work
 
 ROWS = softmax.ROWS
 
@@ -320,7 +320,7 @@ def _logits(s, operands, tile, WARPGROUP: gl.constexpr, first_key, MASKED: gl.co
     own = scores.Scores(score.scale, score.folded_scale, score.softcap, slopes)
     x = scores.logits(own, tile.head, s, distances)
     if MASKED:
-        x = gl.where(masks.visible(window, distances, keys), x, float("-inf"))
+        x = hiding.hide(window, x, queries, keys)
     return x
 
 

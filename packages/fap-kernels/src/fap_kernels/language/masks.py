@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter asks every kernel module for it
+import triton.language as tl
 
 
 class Window(NamedTuple):
@@ -32,11 +32,49 @@ def distance(window, queries, keys):
 
 
 @triton.jit
-def visible(window, distances, keys):
-    """True where the query may see the key; all arguments broadcast."""
-    seen = keys < window.seqlen_k
-    if window.left is not None:
-        seen = seen & (distances <= window.left)
+def visible(window, queries, keys):
+    """True where a query may see a key; one of the two is a column, the other one a row.
+
+    The bounds are worked out once for each number of the column, so an element takes one comparison for each.
+    """
+    if window.left is None and window.right is None:
+        return keys < window.seqlen_k
+    elif keys.shape[1] > 1:
+        seen = keys <= last_key(window, queries)
+        if window.left is not None:
+            seen = seen & (keys >= first_key(window, queries))
+        return seen
+    elif window.right is not None:
+        seen = queries >= first_query(window, keys)
+        if window.left is not None:
+            seen = seen & (queries <= last_query(window, keys))
+        return seen
+    else:
+        return queries <= last_query(window, keys)
+
+
+@triton.jit
+def last_key(window, queries):
+    """The last key that a query sees, if it sees one from :func:`first_key` on."""
     if window.right is not None:
-        seen = seen & (distances >= -window.right)
-    return seen
+        return tl.minimum(queries + window.diagonal + window.right, window.seqlen_k - 1)
+    else:
+        return queries * 0 + window.seqlen_k - 1
+
+
+@triton.jit
+def first_key(window, queries):
+    """The first key that a query sees where there is a bound on the left; it may be negative."""
+    return queries + window.diagonal - window.left
+
+
+@triton.jit
+def first_query(window, keys):
+    """The first query that sees a key where there is a bound on the right; none sees what is no key."""
+    return tl.where(keys < window.seqlen_k, keys - window.diagonal - window.right, 2147483647)
+
+
+@triton.jit
+def last_query(window, keys):
+    """The last query that sees a key where there is a bound on the left; none sees what is no key."""
+    return tl.where(keys < window.seqlen_k, keys - window.diagonal + window.left, -1)

@@ -153,7 +153,7 @@ class Point:
 
     def hopper(self, config: HopperConfig | None) -> Callable[[], Any]:
         processors = processors_of(self.q.device)
-        launches = plan_hopper_forward(
+        launches, _ = plan_hopper_forward(
             self.problem,
             processors,
             self.q,

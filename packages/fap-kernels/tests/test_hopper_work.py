@@ -24,7 +24,7 @@ BLOCK_M, BLOCK_N = 128, 64
 @triton.jit
 def list_work(
     found, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, seqlen_q, seqlen_k,
-    window_left, window_right, items, MOST,
+    window_left, window_right, items, tickets, MOST,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Write down each turn of a program, ``(programs, MOST, FIELDS)``."""
@@ -42,9 +42,10 @@ def list_work(
         window_left,
         window_right,
         items,
+        tickets,
     )
     row = found + tl.program_id(0) * MOST * 13
-    turn, tile = work.next_tile(call, 0, BLOCK_M, PAIRED)
+    turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
     while work.there_is(call, turn, PAIRED):
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for part in range(BLOCK_M // 64):
@@ -61,12 +62,12 @@ def list_work(
         tl.store(row + 7, sweep.top)
         tl.store(row + 8, sweep.count)
         row += 13
-        turn, tile = work.next_tile(call, turn + 1, BLOCK_M, PAIRED)
+        turn, tile = work.next_tile(call, work.turn_after(call, turn), BLOCK_M, PAIRED)
 
 
 def turns(
     lengths_q: list[int], lengths_k: list[int], nheads: int, window: tuple[Any, Any], paired: bool,
-    packed: bool,
+    packed: bool, tickets: bool = False,
 ) -> list[list[list[int]]]:  # fmt: skip
     """The turns of each of three programs."""
     programs, most = 3, 64
@@ -90,6 +91,7 @@ def turns(
         max(lengths_k),
         *window,
         items,
+        torch.zeros(1, dtype=torch.int32) if tickets else None,
         most,
         BLOCK_M,
         BLOCK_N,
@@ -110,7 +112,9 @@ def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
         lengths_q, lengths_k = [rng.randint(65, 700)] * count, [rng.randint(1, 700)] * count
     bound = rng.choice([None, 0, rng.randint(0, 300)]), rng.choice([None, 0, rng.randint(0, 300)])
     found = [
-        turn for program in turns(lengths_q, lengths_k, nheads, bound, paired, packed) for turn in program
+        turn
+        for program in turns(lengths_q, lengths_k, nheads, bound, paired, packed, tickets=packed and seed % 2)
+        for turn in program
     ]
     expected = {
         (batch, head, first)

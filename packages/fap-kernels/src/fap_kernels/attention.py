@@ -74,7 +74,7 @@ def attention_forward(
         options = (softmax_scale, causal, window_size, softcap, dropout_p)
         key, replay = _forward_replays.find((q, k, v, alibi_slopes), options)
     if replay is not None:
-        out, softmax_lse = replay.run(q, k, v, alibi_slopes)
+        out, softmax_lse, *_ = replay.run(q, k, v, alibi_slopes)
         return out, softmax_lse, None
     problem = AttentionProblem.describe(
         q, k, v, softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,

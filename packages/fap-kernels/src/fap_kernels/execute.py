@@ -49,14 +49,16 @@ def forward(
         # No program writes the rows that do not count.
         out.zero_()
         softmax_lse.fill_(torch.inf)
-    launches = plan_forward_by_schedule(problem, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing)
+    launches, workspaces = plan_forward_by_schedule(
+        problem, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing
+    )
     compiled = [launch.run(q.device) for launch in launches]
     if keep is not None:
         made = {"out": out, "lse": softmax_lse}
         if packing is not None:
             # Made as they are returned, a repeated call's need no view.
             made = {name: x[0] for name, x in made.items()}
-        keep(list(zip(launches, compiled, strict=True)), made)
+        keep(list(zip(launches, compiled, strict=True)), made | workspaces)
     return out, softmax_lse, rng_state
 
 

@@ -101,8 +101,11 @@ def plan_forward_by_schedule(
     alibi_slopes: torch.Tensor | None,
     rng_state: torch.Tensor | None,
     packing: Packing | None,
-) -> list[Launch]:
+) -> tuple[list[Launch], dict[str, torch.Tensor]]:
     """The launches that fill ``out`` and ``softmax_lse``, by the schedule for the call.
+
+    Returns:
+        The launches, and the memory that they need besides, by the name that kernels take it by.
 
     Raises:
         RuntimeError: an explicitly chosen schedule does not compute this call.
@@ -118,7 +121,8 @@ def plan_forward_by_schedule(
         )
     from .forward.launch import plan_forward
 
-    return [plan_forward(problem, target, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing)]
+    tensors = (q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing)
+    return [plan_forward(problem, target, *tensors)], {}
 
 
 def plan_backward_by_schedule(

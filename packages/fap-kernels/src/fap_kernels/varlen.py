@@ -83,7 +83,7 @@ def attention_varlen_forward(
         )  # fmt: skip
         key, replay = _forward_replays.find(tuple(given.values()), options)
     if replay is not None:
-        out, softmax_lse = replay.run(*given.values())
+        out, softmax_lse, *_ = replay.run(*given.values())
         return out, softmax_lse, None
     packing = Packing.describe(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table

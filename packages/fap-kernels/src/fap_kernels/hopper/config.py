@@ -57,6 +57,8 @@ class HopperConfig:
         turns: let one warpgroup multiply while another weighs.
         beside: programs that share a multiprocessor and its registers, where one has a single warpgroup: what
             one of them waits for, the others fill with their work.
+        tickets: have persistent programs draw query tiles from a counter, where tiles take unequally long;
+            for packed sequences.
     """
 
     width: int
@@ -70,6 +72,7 @@ class HopperConfig:
     optimistic: bool = True
     turns: bool = False
     beside: int = 1
+    tickets: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 2:
@@ -191,13 +194,18 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     # Packed: 32 sequences of 2048, and 65,536 tokens in lengths drawn from a log-normal ("mixed"); H100.
     HopperRow(head_dim=56, packed=True, plain=True, config=HopperConfig(64, 3, 128, 3), measured=False,
               why="its speed on packed sequences is not measured at head dimensions below 64"),
+    HopperRow(head_dim=64, packed=True, plain=True, bounded=False,
+              config=HopperConfig(
+                  64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True, tickets=True),
+              why="496 at 2k, 489 mixed; portable 408, 400; one warpgroup 439, 436"),
     HopperRow(head_dim=64, packed=True, plain=True, config=HopperConfig(64, 1, 64, 3, beside=3),
-              why="447 and causal 371 at 2k, 424 and 376 mixed; portable 402, 336, 402, 340"),
-    HopperRow(head_dim=128, packed=True, plain=True, bounded=True, seqlen_below=4096,
-              config=HopperConfig(128, 2, 64, 4, persistent=True, overlap_tiles=True),
-              why="causal 490 at 2k; portable 389, FA4 504; one tile a program 427, 128 keys and turns 451"),
-    HopperRow(head_dim=128, packed=True, plain=True, config=HopperConfig(128, 2, 128, 2, turns=True),
-              why="595 at 2k, 610 and causal 473 mixed; portable 469, 433, 399, FA4 610, 617, 510"),
+              why="393 at 2k, 389 mixed; portable 325, 330; with tickets 383, 394"),
+    HopperRow(head_dim=128, packed=True, plain=True, bounded=True,
+              config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True, tickets=True),
+              why="513 at 2k and 519 mixed with 64 keys a tile, which was as fast; portable 395, 411"),
+    HopperRow(head_dim=128, packed=True, plain=True, bounded=False,
+              config=HopperConfig(128, 2, 128, 2, tickets=True, **_FLOWING),
+              why="622 at 2k, 612 mixed; portable 444, 425; one tile a program 589, 596"),
     HopperRow(head_dim=256, packed=True, plain=True, config=HopperConfig(256, 2, 64, 2, turns=True),
               why="676 and causal 534 at 2k, 632 and 539 mixed; portable 447, 395, 480, 386"),
 
@@ -244,8 +252,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=128, bounded=True, seqlen_from=4096, config=HopperConfig(128, 2, 128, 2),
               why="646 at 8k, 720 at 16k; portable 497, 523, cuDNN 552, 574; pairs 628, 698"),
     HopperRow(head_dim=128, bounded=True, seqlen_from=1024,
-              config=HopperConfig(128, 2, 64, 4, persistent=True, paired=True, overlap_tiles=True),
-              why="533 at 2k; portable 429, cuDNN 497; 128 keys 455"),
+              config=HopperConfig(128, 2, 128, 2, persistent=True, paired=True, overlap_tiles=True),
+              why="531 at 2k; portable 393, cuDNN 480; 64 keys 518"),
     HopperRow(head_dim=128, bounded=True,
               config=HopperConfig(128, 1, 64, 2, persistent=True, paired=True, overlap_tiles=True, beside=2),
               why="310 at 512; portable 250, cuDNN 337; two warpgroups 280"),

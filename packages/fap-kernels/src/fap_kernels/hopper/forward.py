@@ -18,6 +18,8 @@ memory, products are asynchronous, and the softmax of one key tile runs beside a
                  │ O+=P V of the last key tile of this one
                  └ O / sum through shared memory to memory, LSE = max + log(sum)
 
+Of packed sequences the fetcher also announces which tile comes next (``fap_kernels.hopper.announcements``).
+
 Keys are swept from the last one down. First come the tiles that need a mask for some row of the warpgroup;
 they take the online softmax, and where they left rows without a key one more does. From there on every row
 has met a key, and with ``OPTIMISTIC`` its maximum so far stays the reference: no maximum, no rescaling, a
@@ -42,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import hiding, ring, softmax, turns, work
+from . import announcements, hiding, ring, softmax, turns, work
 
 ROWS = softmax.ROWS
 
@@ -52,6 +54,7 @@ class Operands(NamedTuple):
 
     Fields:
         call, score: what to compute.
+        board: where the warp that fetches announces query tiles of packed sequences, else None.
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
         staging: shared memory through which the output leaves, a tile for each warpgroup.
@@ -60,6 +63,7 @@ class Operands(NamedTuple):
 
     call: Any
     score: Any
+    board: Any
     alibi_stride: Any
     q_ring: Any
     k_ring: Any
@@ -74,7 +78,7 @@ class Operands(NamedTuple):
 def hopper_forward_kernel(
     q_part0, k_part0, v_part0, out_part0, lse, lse_rows, alibi_slopes, alibi_stride,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
-    nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
+    nheads, group, seqlen_q, seqlen_k, items, tickets, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
     OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
@@ -86,7 +90,7 @@ def hopper_forward_kernel(
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items,
+        window_left, window_right, items, tickets,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
@@ -97,8 +101,13 @@ def hopper_forward_kernel(
         staging = gl.allocate_shared_memory(
             out_part0.dtype, [WARPGROUPS] + out_part0.block_shape, out_part0.layout
         )
+    board = None
+    if cu_seqlens_q is not None:
+        board = announcements.make_board(WARPGROUPS)
     fence_async_shared()
-    operands = Operands(call, score, alibi_stride, queries, keys, values, staging, out_part0, lse, lse_rows)
+    operands = Operands(
+        call, score, board, alibi_stride, queries, keys, values, staging, out_part0, lse, lse_rows
+    )
     parts = (q_part0, k_part0, v_part0)
     # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
     # others: how many warps each has, and how many registers a thread of them; the first has what is left.
@@ -152,8 +161,10 @@ def _fetch(
     call = operands.call
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     q_stage, q_phase, stage, phase = 0, 0, 0, 0
-    turn, tile = work.next_tile(call, 0, BLOCK_M, PAIRED)
+    turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
+    count = 0
     while work.there_is(call, turn, PAIRED):
+        announcements.announce(operands.board, count, True, tile)
         q_packed = tile.q_start if call.cu_seqlens_q is not None else None
         k_packed = tile.k_start if call.cu_seqlens_k is not None else None
         q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
@@ -164,13 +175,17 @@ def _fetch(
             ring.fill(operands.q_ring, slot, q_phase, q_rows, tile.head, tile.first_query + warpgroup * ROWS)
         q_stage, q_phase = ring.advance(q_stage, q_phase, Q_STAGES)
         head_k = tile.head // call.group
+        # To draw a ticket takes a microsecond: it is done while the rings are still full.
+        turn = work.turn_after(call, turn)
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for step in range(sweep.count):
             first_key = sweep.top - step * BLOCK_N
             ring.fill(operands.k_ring, stage, phase, k_rows, head_k, first_key)
             ring.fill(operands.v_ring, stage, phase, v_rows, head_k, first_key)
             stage, phase = ring.advance(stage, phase, STAGES)
-        turn, tile = work.next_tile(call, turn + 1, BLOCK_M, PAIRED)
+        turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
+        count += 1
+    announcements.announce(operands.board, count, False, tile)
 
 
 @gluon.jit
@@ -196,17 +211,16 @@ def _multiply(
     if TURNS:
         turns.first_turn(WARPGROUP, WARPGROUPS)
 
-    turn, tile = work.next_tile(call, 0, BLOCK_M, PAIRED)
+    turn, there, tile = announcements.tile_at(operands.board, 0, call, 0, BLOCK_M, PAIRED)
     sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
     if OVERLAP_TILES:
-        there = work.there_is(call, turn, PAIRED)
         q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
         s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
         weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
         p = gl.convert_layout(weights, P, assert_trivial=True)
-    while work.there_is(call, turn, PAIRED):
+    while there:
         if not OVERLAP_TILES:
             sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
             q = _queries(operands.q_ring, q_slot, q_phase, True, WIDTH)
@@ -243,15 +257,14 @@ def _multiply(
                 )  # fmt: skip
 
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
-        turn, tile = work.next_tile(call, turn + 1, BLOCK_M, PAIRED)
         if OVERLAP_TILES:
             mbarrier.arrive(operands.q_ring.empty.index(q_slot))
         count += 1
+        turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
         q_slot = count % Q_STAGES * WARPGROUPS + WARPGROUP
         q_phase = count // Q_STAGES & 1
         if OVERLAP_TILES:
             # S = Q K^T of the next tile's first keys runs beside O += P V of this one's last.
-            there = work.there_is(call, turn, PAIRED)
             sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
             q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
             if TURNS:

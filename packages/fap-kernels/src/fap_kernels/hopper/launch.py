@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..launch import (
     Launch,
     descriptor_fields,
@@ -15,10 +17,9 @@ from ..launch import (
 )
 from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
+from .tickets import hopper_tickets_kernel
 
 if TYPE_CHECKING:
-    import torch
-
     from ..packing import Packing
     from ..problem import AttentionProblem
 
@@ -36,13 +37,14 @@ def plan_hopper_forward(
     alibi_slopes: torch.Tensor | None,
     packing: Packing | None = None,
     config: HopperConfig | None = None,
-) -> list[Launch]:
-    """The launches that fill ``out`` and ``softmax_lse``; ``config`` overrides the table.
+) -> tuple[list[Launch], dict[str, torch.Tensor]]:
+    """The launches that fill ``out`` and ``softmax_lse``, and the memory that they need besides, by name.
 
     Args:
         processors: multiprocessors of the chip.
         q, k, v, out, softmax_lse: packed tensors come as one batch entry, as for
             :func:`fap_kernels.forward.launch.plan_forward`.
+        config: overrides the table.
     """
     from .forward import hopper_forward_kernel
 
@@ -54,12 +56,18 @@ def plan_hopper_forward(
     packed = problem.packed
     if packed and config.paired:
         raise ValueError("packed sequences have different lengths, and so no pairs of equal work")
+    if config.tickets and not packed:
+        raise ValueError("tickets are for packed sequences, whose query tiles are announced")
     rows = 2 * block_m if config.paired else block_m
     tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, rows)
     items = problem.nheads * tiles
+    programs = min(processors * config.beside, items) if config.persistent else items
+    # Where each program has but one tile, there is none to draw.
+    draw = config.tickets and items > programs
+    tickets = torch.empty(1, dtype=torch.int32, device=q.device) if draw else None
     forward = Launch(
         kernel=hopper_forward_kernel,
-        programs=min(processors * config.beside, items) if config.persistent else items,
+        programs=programs,
         arguments={
             "q_part0": tile_descriptor(q, WARPGROUP_ROWS, config.width, packed),
             "k_part0": tile_descriptor(k, config.block_n, config.width, packed),
@@ -68,6 +76,7 @@ def plan_hopper_forward(
             **common,
             **slots,
             "items": items,
+            "tickets": tickets,
             "WIDTH": config.width,
             "BLOCK_N": config.block_n,
             "STAGES": config.stages,
@@ -81,9 +90,13 @@ def plan_hopper_forward(
         num_warps=4,
         maxnreg=config.maxnreg,
     )
-    if not config.optimistic:
-        return [forward]
-    return [forward, plan_redo(problem, q, k, v, out, softmax_lse, alibi_slopes, packing)]
+    launches, workspaces = [forward], {}
+    if tickets is not None:
+        launches.insert(0, Launch(hopper_tickets_kernel, 1, {"tickets": tickets}, num_warps=1))
+        workspaces = {"tickets": tickets}
+    if config.optimistic:
+        launches.append(plan_redo(problem, q, k, v, out, softmax_lse, alibi_slopes, packing))
+    return launches, workspaces
 
 
 def plan_redo(

@@ -28,6 +28,8 @@ class Call(NamedTuple):
         seqlen_q, seqlen_k: the lengths, or what no packed sequence exceeds.
         window_left, window_right: as in :class:`fap_kernels.language.masks.Window`.
         items: what the programs share: query tiles, or pairs of them.
+        tickets: address of a 0, from which programs draw the numbers of their items; None where each knows
+            them beforehand.
     """
 
     cu_seqlens_q: Any
@@ -43,6 +45,7 @@ class Call(NamedTuple):
     window_left: Any
     window_right: Any
     items: Any
+    tickets: Any
 
 
 class Tile(NamedTuple):
@@ -84,9 +87,33 @@ class Phases(NamedTuple):
 
 
 @triton.jit
-def item_of(turn, PAIRED: tl.constexpr):
-    """Which item a program has at its turn number ``turn``: every ``programs``-th, twice if paired."""
-    if PAIRED:
+def first_turn(call):
+    """A program's first turn."""
+    if call.tickets is not None:
+        return tl.program_id(0)
+    else:
+        return 0
+
+
+@triton.jit
+def turn_after(call, turn):
+    """The turn after ``turn``; where tickets are drawn, this draws one."""
+    if call.tickets is not None:
+        return tl.num_programs(0) + tl.atomic_add(call.tickets, 1, sem="relaxed")
+    else:
+        return turn + 1
+
+
+@triton.jit
+def item_of(call, turn, PAIRED: tl.constexpr):
+    """Which item a program has at a turn: the turn is its ticket, or it has every ``programs``-th item.
+
+    With ``PAIRED`` an item takes two turns.
+    """
+    if call.tickets is not None:
+        tl.static_assert(not PAIRED, "a program has both tiles of a pair, and tickets are drawn for one")
+        return turn
+    elif PAIRED:
         return tl.program_id(0) + turn // 2 * tl.num_programs(0)
     else:
         return tl.program_id(0) + turn * tl.num_programs(0)
@@ -100,7 +127,7 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
     sequence and the n-th from its start: under a causal mask all pairs have the same work, and programs that
     take equally many end together.
     """
-    item = tl.minimum(item_of(turn, PAIRED), call.items - 1)
+    item = tl.minimum(item_of(call, turn, PAIRED), call.items - 1)
     if PAIRED:
         tl.static_assert(call.cu_seqlens_q is None, "sequences of different lengths have no pairs")
         count = tl.cdiv(call.seqlen_q, BLOCK_M)
@@ -125,7 +152,7 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
 @triton.jit
 def there_is(call, turn, PAIRED: tl.constexpr):
     """Whether a program has an item at a turn."""
-    return item_of(turn, PAIRED) < call.items
+    return item_of(call, turn, PAIRED) < call.items
 
 
 @triton.jit
@@ -139,7 +166,7 @@ def next_tile(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
     if PAIRED or call.cu_seqlens_q is not None:
         exists = exists & _reaches(call, batch, first_query)
         while there_is(call, turn, PAIRED) & (not exists):
-            turn += 1
+            turn = turn_after(call, turn)
             batch, head, first_query, exists = place_of(call, turn, BLOCK_M, PAIRED)
             exists = exists & _reaches(call, batch, first_query)
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)

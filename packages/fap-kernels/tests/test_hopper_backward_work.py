@@ -45,6 +45,7 @@ def list_work(
         window_left,
         window_right,
         items,
+        None,
     )
     tile = backward_work.key_tile_of(call, tl.program_id(0), heads_beside, BLOCK_N, LAST_FIRST)
     sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .launch import Launch
 
-    _Key = tuple[Hashable, Hashable]
+    _Key = tuple[Hashable, tuple[Any, ...]]
     Keep = Callable[[Sequence[tuple[Launch, Any]], Mapping[str, torch.Tensor]], None]
 
 __all__ = ["Replay", "Replays"]
@@ -39,17 +39,29 @@ class _Kept:
     """One earlier call.
 
     Attributes:
-        key: of :meth:`Replays.key`; its second half is all but the tensors.
+        key: of :meth:`Replays.key`.
         replay: its launches.
         alike: knows tensors of this key at once.
     """
 
-    __slots__ = ("alike", "key", "replay")
+    __slots__ = ("_kinds", "_options", "_schedule", "_tuples", "alike", "key", "replay")
 
     def __init__(self, key: _Key, replay: Replay, tensors: Sequence[torch.Tensor | None]) -> None:
         self.key = key
         self.replay = replay
         self.alike = Alike(tensors)
+        self._schedule, self._kinds, *options = key[1]
+        self._options = tuple(options)
+        self._tuples = [place for place, option in enumerate(options) if type(option) is tuple]
+
+    def is_of(self, tensors: Sequence[torch.Tensor | None], options: tuple[Any, ...]) -> bool:
+        """Tell whether a call certainly has this key, without making its key."""
+        if tuple(map(type, options)) != self._kinds or options != self._options:
+            return False
+        for place in self._tuples:
+            if not _BOUNDS.issuperset(map(type, options[place])):
+                return False
+        return explicit_schedule() == self._schedule and self.alike.match(tensors)
 
 
 class Replays:
@@ -71,20 +83,15 @@ class Replays:
         return None if facts is None or rest is None else (facts, rest)
 
     def find(
-        self, tensors: Sequence[torch.Tensor | None], options: Sequence[Any]
+        self, tensors: Sequence[torch.Tensor | None], options: tuple[Any, ...]
     ) -> tuple[_Key | None, Replay | None]:
         """The key of a call, and the launches of an earlier one with this key, where they can run now."""
-        last, rest = self._last, _rest(options)
-        if rest is None:
-            return None, None
-        if last is not None and last.key[1] == rest and last.alike.match(tensors):
+        last = self._last
+        if last is not None and last.is_of(tensors, options):
             kept = last
         else:
-            facts = _facts(tensors)
-            if facts is None:
-                return None, None
-            key = (facts, rest)
-            found = self._kept.get(key)
+            key = self.key(tensors, options)
+            found = self._kept.get(key) if key is not None else None
             if found is None:
                 return key, None
             if found is last:
@@ -135,8 +142,11 @@ def _facts(tensors: Sequence[torch.Tensor | None]) -> Hashable | None:
         return None
 
 
-def _rest(options: Sequence[Any]) -> Hashable | None:
-    """What they depend on besides; None if an option is of an unusual type."""
+def _rest(options: Sequence[Any]) -> tuple[Any, ...] | None:
+    """The schedule that was chosen explicitly, the options' types, and the options.
+
+    None if an option is of an unusual type.
+    """
     # Equal values of two types may be right and wrong: True, 1 and 1.0.
     kinds = tuple(map(type, options))
     if not _PLAIN.issuperset(kinds):
@@ -333,10 +343,12 @@ class _DirectStep:
             maps[tensors[index].data_ptr()] = arguments[place]
 
 
-def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A new tensor on the current CUDA device."""
-    # What compiled graphs allocate by: a third of the host time of torch.empty.
-    return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)  # type: ignore[attr-defined,no-any-return]
+def _new(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# A new tensor on the current CUDA device. What compiled graphs allocate by takes a third of the host time.
+_empty: Callable[..., torch.Tensor] = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _new)
 
 
 def _hooked(runtime: Any) -> bool:

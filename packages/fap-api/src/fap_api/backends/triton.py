@@ -58,12 +58,18 @@ class TritonBackend:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run the forward kernel."""
+        # Not _scoring, whose dictionary shows in the host time of a small call.
+        scale, left, right, softcap, slopes, dropout_p = score
         return attention_forward(
             q,
             k,
             v,
-            **_scoring(score),
-            dropout_p=score.dropout_p,
+            softmax_scale=scale,
+            causal=right == 0,
+            window_size=(left, right),
+            softcap=softcap,
+            alibi_slopes=slopes,
+            dropout_p=dropout_p,
         )
 
     def backward(

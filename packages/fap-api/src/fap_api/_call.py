@@ -111,7 +111,8 @@ def attention(
         out, softmax_lse, rng_state = operator(*arguments)
     else:
         tensors = (q, k, v, slopes) if sequences is None else (q, k, v, slopes, *sequences.tensors())
-        if not _needs_grad(q, k, v):
+        # Not _needs_grad: by now they are known to be tensors.
+        if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
             out, softmax_lse, rng_state = _dispatch.call(operator, operators.forward, tensors, arguments)
         elif _dispatch.unobserved(tensors):
             out, softmax_lse, rng_state = operators.record_forward(*arguments, operators.forward_with_state)

@@ -82,7 +82,7 @@ def _reasons_against(
         reasons.append(f"head_dim must be a multiple of 8, got {problem.head_dim}")
     reasons += own
     row = choose(table, problem)
-    if row.config is None or not (row.measured or asked_for):
+    if row.config is None or not (row.by_default or asked_for):
         reasons.append(row.why)
     return reasons
 

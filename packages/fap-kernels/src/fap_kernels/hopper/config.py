@@ -138,7 +138,7 @@ class HopperRow(Generic[Config]):
         packed: only packed sequences (True), or none (False); None is both.
         windowed: only with (True) or without (False) a bound on the left; None is both.
         seqlen_from, seqlen_below: the least ``seqlen_k``, and the least that is too long; None for any.
-        measured: to be taken as a matter of course; else only where ``use_schedule("hopper")`` asks for it.
+        by_default: to be taken as a matter of course; else only where ``use_schedule("hopper")`` asks for it.
     """
 
     head_dim: int
@@ -151,7 +151,7 @@ class HopperRow(Generic[Config]):
     windowed: bool | None = None
     seqlen_from: int = 0
     seqlen_below: int | None = None
-    measured: bool = True
+    by_default: bool = True
 
     def fits(self, problem: AttentionProblem) -> bool:
         """Whether the row is for this call."""
@@ -192,7 +192,7 @@ _FLOWING = {"persistent": True, "overlap_tiles": True, "turns": True}
 # nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
 FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     # Packed: 32 sequences of 2048, and 65,536 tokens in lengths drawn from a log-normal ("mixed"); H100.
-    HopperRow(head_dim=56, packed=True, plain=True, config=HopperConfig(64, 3, 128, 3), measured=False,
+    HopperRow(head_dim=56, packed=True, plain=True, config=HopperConfig(64, 3, 128, 3), by_default=False,
               why="its speed on packed sequences is not measured at head dimensions below 64"),
     HopperRow(head_dim=64, packed=True, plain=True, bounded=False,
               config=HopperConfig(
@@ -212,19 +212,19 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     # ALiBi raises logits far from where the sweep starts, so a reference that stays would be outgrown.
     HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 1, 64, 3, optimistic=False, beside=3),
               why="0.98 to 1.03 of the portable kernel's speed at 4k; two warpgroups 0.80 to 0.95"),
-    HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False), measured=False,
+    HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False), by_default=False,
               why="with softcap or ALiBi the portable kernel is as fast: 0.93 to 1.03 of its speed at 4k"),
     HopperRow(head_dim=256, plain=False, config=HopperConfig(256, 2, 64, 2, optimistic=False),
               why="causal at 4k, softcap 1.47 and ALiBi 1.55 of the portable kernel's speed"),
 
-    HopperRow(head_dim=32, bounded=True, config=HopperConfig(64, 3, 128, 3), measured=False,
+    HopperRow(head_dim=32, bounded=True, config=HopperConfig(64, 3, 128, 3), by_default=False,
               why="the portable kernel is faster at head dimensions up to 32: by 1.08 at 4k, causal"),
     # A row of less than 64 columns costs the TMA unit as much as one of 64: fewer, larger tiles.
     HopperRow(head_dim=56, bounded=False, config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
               why="d40: 356 at 4k; portable 238"),
     HopperRow(head_dim=56, bounded=True, seqlen_from=1024, config=HopperConfig(64, 3, 128, 3),
               why="d40: 249 at 4k; portable 208, cuDNN 266; one warpgroup 146"),
-    HopperRow(head_dim=56, bounded=True, config=HopperConfig(64, 3, 128, 3), measured=False,
+    HopperRow(head_dim=56, bounded=True, config=HopperConfig(64, 3, 128, 3), by_default=False,
               why="d40: the portable kernel is faster by 1.3 at 512, causal"),
     HopperRow(head_dim=64, bounded=False, seqlen_from=1024, seqlen_below=12288,
               config=HopperConfig(64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True),
@@ -258,7 +258,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(128, 1, 64, 2, persistent=True, paired=True, overlap_tiles=True, beside=2),
               why="310 at 512; portable 250, cuDNN 337; two warpgroups 280"),
 
-    HopperRow(head_dim=160, bounded=True, config=HopperConfig(256, 2, 64, 2, turns=True), measured=False,
+    HopperRow(head_dim=160, bounded=True, config=HopperConfig(256, 2, 64, 2, turns=True), by_default=False,
               why="d160: the portable kernel is faster by 1.11 at 4k, causal"),
     HopperRow(head_dim=256, bounded=False, config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True),
               why="522 at 512, 754 at 2k, 858 at 16k; portable 359, 479, 539, cuDNN 524, 649, 676"),
@@ -286,13 +286,13 @@ ORDERED_128 = replace(BACKWARD_128, ordered=True)
 # tokens, nheads * head_dim = 2048, Triton 3.6; FA4's are of an H100. Read from the top; the first row that
 # fits is taken.
 BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
-    HopperRow(head_dim=64, alibi=True, config=BACKWARD_64, measured=False,
+    HopperRow(head_dim=64, alibi=True, config=BACKWARD_64, by_default=False,
               why="with ALiBi the portable kernels are faster: by 2.4 at 4k"),
-    HopperRow(head_dim=64, plain=False, config=BACKWARD_64, measured=False,
+    HopperRow(head_dim=64, plain=False, config=BACKWARD_64, by_default=False,
               why="with softcap the portable kernels are faster: by 1.35 at 4k"),
-    HopperRow(head_dim=64, windowed=True, config=BACKWARD_64, measured=False,
+    HopperRow(head_dim=64, windowed=True, config=BACKWARD_64, by_default=False,
               why="with a window to the left the portable kernels are faster: by 1.1 to 1.25 at 8k"),
-    HopperRow(head_dim=32, config=BACKWARD_64, measured=False,
+    HopperRow(head_dim=32, config=BACKWARD_64, by_default=False,
               why="d32: the portable kernels are faster: by 1.1 at 4k, causal 1.27"),
     HopperRow(head_dim=64, packed=False, bounded=False, seqlen_below=1024, config=ORDERED_64,
               why="308 at 512; free order 295, portable 246, cuDNN 277, FA4 306"),
@@ -302,10 +302,10 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="438 at 2k, 496 at 16k; portable 306, 341, cuDNN 416, 463, FA4 489, 568; d40 1.4x"),
     HopperRow(head_dim=64, seqlen_from=1024, config=BACKWARD_64,
               why="causal: 462 at 8k, 494 at 16k; portable 347, 358, cuDNN 398, 423, FA4 539, 543"),
-    HopperRow(head_dim=64, config=BACKWARD_64, measured=False,
+    HopperRow(head_dim=64, config=BACKWARD_64, by_default=False,
               why="packed, causal: the portable kernels are faster by 1.06 at 512"),
 
-    HopperRow(head_dim=128, alibi=True, config=BACKWARD_128, measured=False,
+    HopperRow(head_dim=128, alibi=True, config=BACKWARD_128, by_default=False,
               why="with ALiBi the portable kernels are faster: by 1.2 at 4k, causal 1.35"),
     HopperRow(head_dim=128, packed=False, seqlen_below=4096, config=ORDERED_128,
               why="374 at 512, causal 434 at 2k; free order 348, 406, portable 281, 318, cuDNN 326, 378"),
@@ -315,11 +315,11 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="at 8k 1.29 of the portable kernels' speed with 1024 keys, 1.19 with 256"),
     HopperRow(head_dim=128, seqlen_from=1024, config=BACKWARD_128,
               why="causal: 547 at 8k, 579 at 16k; portable 337, 369, cuDNN 485, 540; softcap 1.33x"),
-    HopperRow(head_dim=128, config=BACKWARD_128, measured=False,
+    HopperRow(head_dim=128, config=BACKWARD_128, by_default=False,
               why="packed, causal: the portable kernels are faster by 1.09 at 512"),
-    HopperRow(head_dim=176, config=BACKWARD_256, measured=False,
+    HopperRow(head_dim=176, config=BACKWARD_256, by_default=False,
               why="d136, d160: the portable kernels are faster by 1.16 to 1.33"),
-    HopperRow(head_dim=192, bounded=False, config=BACKWARD_256, measured=False,
+    HopperRow(head_dim=192, bounded=False, config=BACKWARD_256, by_default=False,
               why="d192, full: the portable kernels are faster by 1.06 to 1.09"),
     HopperRow(head_dim=256, config=BACKWARD_256,
               why="280 at 512, 425 at 16k, causal 191, 414; portable 204, 265, 140, 253; softcap 4x"),

@@ -212,7 +212,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     # ALiBi raises logits far from where the sweep starts, so a reference that stays would be outgrown.
     HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 1, 64, 3, optimistic=False, beside=3),
               why="0.98 to 1.03 of the portable kernel's speed at 4k; two warpgroups 0.80 to 0.95"),
-    HopperRow(head_dim=128, plain=False, config=HopperConfig(128, 2, 64, 4, optimistic=False), by_default=False,
+    HopperRow(head_dim=128, plain=False, by_default=False,
+              config=HopperConfig(128, 2, 64, 4, optimistic=False),
               why="with softcap or ALiBi the portable kernel is as fast: 0.93 to 1.03 of its speed at 4k"),
     HopperRow(head_dim=256, plain=False, config=HopperConfig(256, 2, 64, 2, optimistic=False),
               why="causal at 4k, softcap 1.47 and ALiBi 1.55 of the portable kernel's speed"),

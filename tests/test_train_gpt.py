@@ -83,3 +83,15 @@ def test_it_trains_sharded_over_two_processes(train_gpt, capsys):
     assert train_gpt.main(["--device", "cpu", "--steps", "40", "--checkpoint"]) == 0
     losses = re.search("Loss from .*", capsys.readouterr().out)[0]
     assert done.stdout.count(losses) == 2
+
+
+@pytest.mark.gpu
+def test_it_trains_sharded_over_two_gpus(train_gpt):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(EXAMPLES / "train_gpt.py"), "--device", "cuda"]
+    command += ["--checkpoint", "--autocast"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Attention's forward ran 2 times in one step of 2 layers") == 2

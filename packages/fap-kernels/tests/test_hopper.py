@@ -16,10 +16,11 @@ from fap_kernels.schedule import explicit_schedule
 from fap_kernels.target import SM_80, SM_90
 
 # Bytes a thread that a row may spill, stores and loads together: what the assemblers of Triton 3.6 to 3.9
-# were seen to spill, and a margin. One warpgroup spills nothing but with ALiBi beside a window. Two spill
-# outside the loop that needs no mask. Three, with 160 registers a thread, spill 150 with Triton 3.6, where
-# they were measured, and in that loop with later ones.
-SPILLS = {1: 64, 2: 256, 3: 3072}
+# were seen to spill, and a margin. One warpgroup spills nothing. Two spill outside the loop that needs no
+# mask. Three, with 160 registers a thread, spill 150 with Triton 3.6, where they were measured, and in that
+# loop with later ones. With softcap and ALiBi, Triton 3.6 spills 56 and 3.9 up to these.
+SPILLS = {1: 0, 2: 256, 3: 3072}
+SPILLS_OF_DECORATED = {1: 320, 2: 1792}
 PROCESSORS = 1  # so that programs have more than one tile
 
 
@@ -94,7 +95,8 @@ def test_a_row_compiles_within_its_bounds(row: HopperRow, call: dict[str, Any]) 
     assert forward.shared <= SM_90.shared_memory
     # Of the 228 KB that programs share, the chip takes 1 KB for each.
     assert row.config.beside * (forward.shared + 1024) <= 228 * 1024, "fewer fit beside each other"
-    assert forward.spills <= SPILLS[row.config.warpgroups], "a row spills more than was recorded"
+    spills = SPILLS_OF_DECORATED if row.plain is False else SPILLS
+    assert forward.spills <= spills[row.config.warpgroups], "a row spills more than was recorded"
     assert "wgmma.mma_async" in forward.assembly
     assert "cp.async.bulk.tensor" in forward.assembly
     assert not forward.warnings, "ptxas serialises the products, or takes registers from a partition"

@@ -139,6 +139,7 @@ def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any,
     assert not seen[:, end:].any(), "a visible key lies above the first step"
     for part, (settled, unmasked_end) in enumerate(zip(phases[::2], phases[1::2], strict=True)):
         assert 1 <= settled <= count
+        assert bound != (None, None) or settled == 1, "the kernel has no loop for it"
         assert bound[0] is not None or max(settled, unmasked_end) == count, "a step would be left out"
         rows = seen[part * 64 : (part + 1) * 64, :end]
         for step in range(settled, unmasked_end):

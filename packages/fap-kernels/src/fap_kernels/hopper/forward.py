@@ -234,28 +234,10 @@ def _multiply(
                 tma.store_wait(0)
                 before = (count + 1) % 2 * WARPGROUPS + WARPGROUP
                 mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
-        acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
-        first_row = tile.first_query + WARPGROUP * ROWS
-        phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
-        v_stage, v_phase = stage, phase
-        stage, phase = ring.advance(stage, phase, STAGES)
-        for step in range(1, phases.settled):
-            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
-                tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
-            )  # fmt: skip
-        for step in range(phases.settled, phases.unmasked_end):
-            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
-                tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
-            )  # fmt: skip
-        if call.window_left is not None:
-            for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
-                acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                    q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
-                    tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
-                )  # fmt: skip
-
+        acc, p, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
+            q, p, row_max, sums, operands, stage, phase,
+            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC,
+        )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
         if OVERLAP_TILES:
             mbarrier.arrive(operands.q_ring.empty.index(q_slot))
@@ -344,6 +326,41 @@ def _weigh_first(s, operands, tile, WARPGROUP: gl.constexpr, sweep):
     no_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
     weights, _, row_max, sums = softmax.online_step(x, scores.unit(operands.score), no_max, softmax.no_sums())
     return weights.to(operands.out.dtype), row_max, sums
+
+
+@gluon.jit
+def _sweep(
+    q, p, row_max, sums, operands, stage, phase,
+    tile, WARPGROUP: gl.constexpr, sweep,
+    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
+    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr,
+):  # fmt: skip
+    """All steps after the first, whose weights are ``p`` and wait for their values."""
+    O: gl.constexpr = p.type.layout.parent
+    acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
+    call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
+    phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
+    v_stage, v_phase = stage, phase
+    stage, phase = ring.advance(stage, phase, STAGES)
+    # Without a bound the first step, which has its mask, settles all rows.
+    if call.window_left is not None or call.window_right is not None:
+        for step in range(1, phases.settled):
+            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
+            )  # fmt: skip
+    for step in range(phases.settled, phases.unmasked_end):
+        acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
+            q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+            tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
+        )  # fmt: skip
+    if call.window_left is not None:
+        for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
+            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
+            )  # fmt: skip
+    return acc, p, row_max, sums, stage, phase, v_stage, v_phase
 
 
 @gluon.jit

@@ -8,7 +8,6 @@ options and not on data, so it is kept, and a repeated call pays for one look-up
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -182,8 +181,7 @@ def _plan(
     if sequences is not None:
         tensors += sequences.tensors()
         lengths = sequences.max_seqlen_q, sequences.max_seqlen_k
-    state = torch.is_grad_enabled(), select.explicit_choice(), os.environ.get(select.ENVIRONMENT)
-    rest = (kinds, numbers, window, lengths, state)
+    rest = (kinds, numbers, window, lengths)
     return _plans.get(tensors, rest, _new_plan, (q, k, v, options, sequences))
 
 

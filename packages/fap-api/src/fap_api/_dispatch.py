@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+from fap_kernels.alike import PLAIN
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __all__ = ["call", "call_backward", "unobserved"]
-
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def call(
@@ -66,7 +66,7 @@ def unobserved(tensors: Sequence[torch.Tensor | None]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or not _PLAIN.issuperset(map(type, tensors))
+        or not PLAIN.issuperset(map(type, tensors))
     ):
         return False
     for x in tensors:  # noqa: SIM110 - a generator takes longer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -171,8 +170,7 @@ def _plan(tensors: KVCacheTensors, options: KVCacheOptions) -> _Plan:
     one_length = type(tensors.cache_seqlens) is int
     if one_length:  # which is checked on every call
         given = tensors._replace(cache_seqlens=None)
-    state = torch.is_grad_enabled(), select.explicit_choice(), os.environ.get(select.ENVIRONMENT)
-    return _plans.get(given, (options, one_length, state), _new_plan, (tensors, options))
+    return _plans.get(given, (options, one_length), _new_plan, (tensors, options))
 
 
 def _new_plan(tensors: KVCacheTensors, options: KVCacheOptions) -> _Plan:

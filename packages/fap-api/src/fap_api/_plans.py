@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
+
+from fap_api.backends import select
 from fap_kernels.alike import Alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
-
-    import torch
 
 __all__ = ["Plans"]
 
@@ -29,7 +31,10 @@ class _Kept(Generic[_Plan]):
 
 
 class Plans(Generic[_Plan]):
-    """Plans by everything that they depend on, the last one's at hand."""
+    """Plans by everything that they depend on, the last one's at hand.
+
+    Gradient mode and what chooses a back end are part of it.
+    """
 
     __slots__ = ("_kept", "_last")
 
@@ -51,6 +56,8 @@ class Plans(Generic[_Plan]):
                 addresses.
             rest: what else it depends on, of types whose equal values stand for each other.
         """
+        state = torch.is_grad_enabled(), select.explicit_choice(), os.environ.get(select.ENVIRONMENT)
+        rest = (rest, state)
         last = self._last
         if last is not None and last.rest == rest and last.alike.match(tensors):
             return last.plan

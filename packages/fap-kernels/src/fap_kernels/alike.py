@@ -13,10 +13,11 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Alike"]
+__all__ = ["PLAIN", "Alike"]
 
 _ALIGNMENT = 16
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+"""Classes of which a tensor, or what stands for none, is nothing but that."""
 
 
 class Alike:
@@ -33,7 +34,7 @@ class Alike:
         """Remember tensors, and keep none alive. Unless they are plain ones, nothing is like them."""
         self._types = tuple(map(type, tensors))
         self._guards: Callable[..., bool] | None = None
-        if not _PLAIN.issuperset(self._types):
+        if not PLAIN.issuperset(self._types):
             return
         present = [x for x in tensors if x is not None]
         try:

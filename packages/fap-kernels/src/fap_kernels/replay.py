@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .alike import Alike
+from .alike import PLAIN, Alike
 from .direct import DirectLaunch, is_descriptor
 from .schedule import explicit_schedule
 
@@ -32,7 +32,6 @@ MOST_MAPS = 128
 _PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _BOUNDS = frozenset((int,))
 _ON_CPU = -1  # as in tests without a GPU
-_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 class _Kept:
@@ -128,7 +127,7 @@ class Replays:
 
 def _facts(tensors: Sequence[torch.Tensor | None]) -> Hashable | None:
     """What a call's launches depend on of its tensors; None if they are not all plain ones of a GPU."""
-    if not _TENSORS.issuperset(map(type, tensors)) or tensors[0] is None or not tensors[0].is_cuda:
+    if not PLAIN.issuperset(map(type, tensors)) or tensors[0] is None or not tensors[0].is_cuda:
         return None
     # Sparse tensors have no strides, and fake ones no address.
     try:

@@ -63,6 +63,11 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
 
 def disassemble(compiled: Compiled) -> list[str]:
     """The machine instructions of a kernel for NVIDIA, in order."""
+    return [line for line in _listing(compiled) if not line.endswith(":")]
+
+
+def _listing(compiled: Compiled) -> list[str]:
+    """The machine instructions, and labels, with a colon, before those that they mark."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.cubin)
@@ -70,7 +75,97 @@ def disassemble(compiled: Compiled) -> list[str]:
         text = subprocess.run(
             [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
         ).stdout
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]+);", text)
+    return [one or other for one, other in re.findall(r"(\.L_x_\d+:)|/\*[0-9a-f]{4,}\*/\s+([^;]+);", text)]
+
+
+def left_unset(compiled: Compiled) -> list[str]:
+    """Machine instructions that read a uniform register which some path to them leaves unset.
+
+    Descriptors of shared memory are held in such registers. The assembler of Triton 3.6 is known to compute
+    one in a loop for a later loop as well, where the first may be skipped; the products then read what is
+    not theirs. What is set under a condition counts as set.
+    """
+    code, places = _with_labels(_listing(compiled))
+    uses, sets = zip(*map(_uniform_registers, code), strict=True)
+    before: list[set[int] | None] = [None] * len(code)
+    before[0] = set()
+    waiting = [0]
+    while waiting:
+        at = waiting.pop()
+        known = before[at]
+        assert known is not None
+        for following in _successors(code[at], at, places):
+            if following == len(code):
+                continue
+            earlier = before[following]
+            here = known | sets[at] if earlier is None else earlier & (known | sets[at])
+            if here != earlier:
+                before[following] = here
+                waiting.append(following)
+    return [
+        line
+        for line, used, known in zip(code, uses, before, strict=True)
+        if known is not None and used - known
+    ]
+
+
+def _with_labels(listing: list[str]) -> tuple[list[str], dict[str, int]]:
+    code: list[str] = []
+    places: dict[str, int] = {}
+    for line in listing:
+        if line.endswith(":"):
+            places[line[:-1]] = len(code)
+        else:
+            code.append(line)
+    return code, places
+
+
+def _successors(line: str, at: int, places: dict[str, int]) -> list[int]:
+    """Which instructions may follow one."""
+    guarded, operation, rest = _take_apart(line)
+    kind = operation.split(".")[0]
+    targets = [places[name] for name in re.findall(r"\.L_x_\d+", rest)]
+    if kind in ("BRA", "BRX", "EXIT", "RET"):
+        # A branch may name a condition of its own, too.
+        on = [at + 1] if guarded or (kind == "BRA" and re.match(r"!?U?P\w", rest)) else []
+        return targets + on
+    return [*targets, at + 1] if kind == "CALL" else [at + 1]
+
+
+def _uniform_registers(line: str) -> tuple[set[int], set[int]]:
+    """Those that an instruction reads, and those that it sets."""
+    _, operation, rest = _take_apart(line)
+    first, *others = [part.strip() for part in re.split(r",(?![^\[]*\])", rest)]
+    wide = ".64" in operation or "WIDE" in operation
+    sets: set[int] = set()
+    if re.fullmatch(r"UR\d+", first) and operation.startswith(("U", "R2UR", "S2UR", "VOTEU")):
+        sets = _span(first, 2 if wide else 1)
+    else:
+        others.insert(0, first)
+    uses: set[int] = set()
+    for part in others:
+        if part.startswith("gdesc["):
+            # Descriptors of the left and the right operand; a left one in registers has none.
+            pairs = _span(part, 4)
+            uses |= pairs - _span(part, 2) if re.fullmatch(r"R\d+", others[1]) else pairs
+        else:
+            for descriptor in re.findall(r"desc\[UR\d+\]", part):
+                uses |= _span(descriptor, 2)
+            for register in re.findall(r"UR\d+", re.sub(r"desc\[UR\d+\]", "", part)):
+                uses |= _span(register, 2 if wide and sets and not operation.startswith("ULDC") else 1)
+    return uses, sets
+
+
+def _span(text: str, count: int) -> set[int]:
+    number = int(re.search(r"UR(\d+)", text)[1])  # type: ignore[index]
+    return set(range(number, number + count))
+
+
+def _take_apart(line: str) -> tuple[bool, str, str]:
+    """Whether an instruction has a condition, its operation, and its operands."""
+    match = re.match(r"(@\S+\s+)?(\S+)\s*(.*)", line.strip())
+    assert match is not None
+    return match[1] is not None, match[2], match[3]
 
 
 def exponentials_between(code: list[str], outstanding: int, left: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between
+from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between, left_unset
 from test_hopper import describe, gluon_is_here
 
 from fap_kernels import explain_schedule, use_schedule
@@ -85,6 +85,7 @@ def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> No
     assert "wgmma.mma_async" in backward.assembly
     assert "cp.reduce.async.bulk.tensor" in backward.assembly
     assert not backward.warnings, "ptxas serialises the products, or takes registers from a partition"
+    assert not left_unset(backward), "a path leaves a register unset that is read later"
 
 
 def test_the_table_has_no_other_configurations() -> None:

@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import announcements, hiding, ring, softmax, turns, work
+from . import announcements, hiding, pairs, ring, softmax, turns, work
 
 ROWS = softmax.ROWS
 
@@ -205,7 +205,6 @@ def _multiply(
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     call = operands.call
     stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
     if TURNS:
@@ -219,7 +218,7 @@ def _multiply(
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
         weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
-        p = gl.convert_layout(weights, P, assert_trivial=True)
+        weights = pairs.rounded(weights, operands.v_ring)
     while there:
         if not OVERLAP_TILES:
             sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
@@ -228,15 +227,15 @@ def _multiply(
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(operands.k_ring.empty.index(stage))
             weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
-            p = gl.convert_layout(weights, P, assert_trivial=True)
+            weights = pairs.rounded(weights, operands.v_ring)
             if Q_STAGES == 2:
                 # By now the output of the tile before has left the slot of its queries.
                 tma.store_wait(0)
                 before = (count + 1) % 2 * WARPGROUPS + WARPGROUP
                 mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
-        acc, p, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
-            q, p, row_max, sums, operands, stage, phase,
-            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC,
+        acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
+            q_slot, weights, row_max, sums, operands, stage, phase,
+            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
         if OVERLAP_TILES:
@@ -249,6 +248,7 @@ def _multiply(
             # S = Q K^T of the next tile's first keys runs beside O += P V of this one's last.
             sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
             q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
+            p = pairs.matrix(weights, operands.v_ring, acc)
             if TURNS:
                 turns.take_turn(WARPGROUP)
             s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
@@ -261,8 +261,9 @@ def _multiply(
             # Waited for already: the branch alone keeps the assembler from moving the next wait up.
             mbarrier.wait(operands.v_ring.full.index(v_stage), v_phase)
             acc, p = warpgroup_mma_wait(0, [acc, p])
-            p = gl.convert_layout(weights, P, assert_trivial=True)
+            weights = pairs.rounded(weights, operands.v_ring)
         else:
+            p = pairs.matrix(weights, operands.v_ring, acc)
             acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
             acc, p = warpgroup_mma_wait(0, [acc, p])
         # The output before must have left the staging tile, and all warps must know it, which the barrier of
@@ -282,6 +283,18 @@ def _multiply(
 def _queries(queries, slot, phase, there, WIDTH: gl.constexpr):
     """The warpgroup's queries, once they have arrived."""
     mbarrier.wait(queries.full.index(slot), phase, pred=there)
+    return ring.matrix(queries.tiles.index(slot), ROWS, WIDTH)
+
+
+@gluon.jit
+def _queries_again(queries, slot, WIDTH: gl.constexpr):
+    """The queries of a slot, for a loop of their own.
+
+    Their address is made of a slot of which nobody knows that it is the same. Else the assembler of Triton
+    3.6 computes parts of the address in one loop for the next one as well, which is left without them where
+    the first is skipped. ``left_unset`` of ``tests/ahead_of_time.py`` finds that in the machine code.
+    """
+    slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [slot], gl.int32, is_pure=False, pack=1)
     return ring.matrix(queries.tiles.index(slot), ROWS, WIDTH)
 
 
@@ -321,22 +334,21 @@ def _logits(s, operands, tile, WARPGROUP: gl.constexpr, first_key, MASKED: gl.co
 
 @gluon.jit
 def _weigh_first(s, operands, tile, WARPGROUP: gl.constexpr, sweep):
-    """The weights of a sweep's first key tile, rounded, with the maximum and the sums of each row."""
+    """The weights of a sweep's first key tile, with the maximum and the sums of each row."""
     x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
     no_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s.type.layout))
     weights, _, row_max, sums = softmax.online_step(x, scores.unit(operands.score), no_max, softmax.no_sums())
-    return weights.to(operands.out.dtype), row_max, sums
+    return weights, row_max, sums
 
 
 @gluon.jit
 def _sweep(
-    q, p, row_max, sums, operands, stage, phase,
+    q_slot, weights, row_max, sums, operands, stage, phase,
     tile, WARPGROUP: gl.constexpr, sweep,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr,
+    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
-    """All steps after the first, whose weights are ``p`` and wait for their values."""
-    O: gl.constexpr = p.type.layout.parent
+    """All steps after the first, whose ``weights`` wait for their values."""
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
     call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
     phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
@@ -344,34 +356,38 @@ def _sweep(
     stage, phase = ring.advance(stage, phase, STAGES)
     # Without a bound the first step, which has its mask, settles all rows.
     if call.window_left is not None or call.window_right is not None:
+        q = _queries_again(operands.q_ring, q_slot, WIDTH)
         for step in range(1, phases.settled):
-            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+            acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
+    q = _queries_again(operands.q_ring, q_slot, WIDTH)
     for step in range(phases.settled, phases.unmasked_end):
-        acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
-            q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+        acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
+            q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
             tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
         )  # fmt: skip
     if call.window_left is not None:
+        q = _queries_again(operands.q_ring, q_slot, WIDTH)
         for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
-            acc, p, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+            acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
+                q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
-    return acc, p, row_max, sums, stage, phase, v_stage, v_phase
+    return acc, weights, row_max, sums, stage, phase, v_stage, v_phase
 
 
 @gluon.jit
 def _step(
-    q, p, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+    q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
     tile, WARPGROUP: gl.constexpr, sweep, step,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, OPTIMISTIC: gl.constexpr,
 ):  # fmt: skip
     """Multiply the step's keys beside the values of the step before, and weigh the one beside the other."""
     S: gl.constexpr = row_max.type.layout.parent
+    p = pairs.matrix(weights, operands.v_ring, acc)
     if TURNS:
         turns.take_turn(WARPGROUP)
     s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
@@ -385,7 +401,6 @@ def _step(
         weights, sums = softmax.optimistic_step(x, scores.unit(operands.score), row_max, sums)
     else:
         weights, rescale, row_max, sums = softmax.online_step(x, scores.unit(operands.score), row_max, sums)
-    weights = weights.to(p.dtype)
     next_stage, next_phase = ring.advance(stage, phase, STAGES)
     # The next step's keys are waited for here, since the branch keeps the assembler from moving the wait for
     # O above the exponentials.
@@ -394,8 +409,8 @@ def _step(
     mbarrier.arrive(operands.v_ring.empty.index(v_stage))
     if not OPTIMISTIC:
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p = gl.convert_layout(weights, p.type.layout, assert_trivial=True)
-    return acc, p, row_max, sums, next_stage, next_phase, stage, phase
+    weights = pairs.rounded(weights, operands.v_ring)
+    return acc, weights, row_max, sums, next_stage, next_phase, stage, phase
 
 
 @gluon.jit

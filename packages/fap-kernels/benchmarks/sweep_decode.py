@@ -36,8 +36,14 @@ class Shape(NamedTuple):
     def gigabytes(self) -> float:
         return 2 * self.batch * self.seqlen * NHEADS_K * HEAD_DIM * 2 / 1e9
 
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """A shape written as batch x seqlen, as in ``16x8192``."""
+        batch, _, seqlen = text.partition("x")
+        return cls(int(batch), int(seqlen))
 
-SHAPES = (Shape(16, 8192), Shape(64, 4096), Shape(128, 1024), Shape(1, 65536))
+
+SHAPES = ("16x8192", "64x4096", "128x1024", "1x65536")
 
 
 def make_inputs(shape: Shape, page_size: int) -> tuple[torch.Tensor, ...]:
@@ -99,7 +105,7 @@ def measure(shape: Shape, run: Any, expected: torch.Tensor) -> tuple[float, floa
 
 def sweep(options: argparse.Namespace) -> None:
     configs = [TileConfig(16, *map(int, text.split(","))) for text in options.configs]
-    for shape in SHAPES:
+    for shape in map(Shape.parse, options.batches):
         expected = peer(*make_inputs(shape, 0)[:3])
         for page_size in options.page_sizes:
             tensors = make_inputs(shape, page_size)
@@ -121,6 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--configs", nargs="+", required=True)
     parser.add_argument("--splits", type=int, nargs="+", default=[0])
+    parser.add_argument("--batches", nargs="+", default=SHAPES, help="batch x seqlen, as in 16x8192")
     parser.add_argument("--page-sizes", type=int, nargs="+", default=[0, 16])
     options = parser.parse_args()
     heat()

@@ -217,10 +217,12 @@ LONG_APPEND = next(
 
 def test_splits_fill_the_chip_and_no_more() -> None:
     assert choose_splits(programs=264, places=264, tiles=64) == 1
-    assert choose_splits(programs=8, places=264, tiles=1024) == 30  # 240 of 264 places, 91%
+    assert choose_splits(programs=8, places=264, tiles=1024) == 32  # 256 of 264 places, 32 tiles each
+    assert choose_splits(programs=8, places=132, tiles=512) == 16
+    assert choose_splits(programs=100, places=132, tiles=64) == 5  # four waves of 13 tiles, not one of 64
     assert choose_splits(programs=1, places=264, tiles=4) == 4
     assert choose_splits(programs=0, places=264, tiles=4) == 1
-    assert choose_splits(programs=1, places=1000, tiles=10**6) == 116  # of at most 128
+    assert choose_splits(programs=1, places=1000, tiles=10**6) == 122  # of at most 128
 
 
 @pytest.mark.parametrize(

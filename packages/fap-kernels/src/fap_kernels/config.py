@@ -52,6 +52,7 @@ class Row:
         bounded: only with (True) or without (False) a window or causal mask; None is both.
         plain: only calls without softcap, ALiBi and dropout, which leave more registers.
         seqlen_from: the least ``seqlen_k``.
+        paged: only keys in pages (True), or none (False); None is both.
     """
 
     family: str
@@ -62,6 +63,7 @@ class Row:
     bounded: bool | None = None
     plain: bool = False
     seqlen_from: int = 0
+    paged: bool | None = None
 
     def fits(self, problem: AttentionProblem, target: Target) -> bool:
         """Whether the row is for this call on this chip."""
@@ -74,6 +76,7 @@ class Row:
             and self.bounded in (None, bounded)
             and (plain or not self.plain)
             and problem.seqlen_k >= self.seqlen_from
+            and self.paged in (None, problem.paged)
         )
 
 

@@ -15,6 +15,10 @@ MANY_ROWS = 128
 DECODE = (
     Row(family="sm_90", head_dim=64, config=TileConfig(16, 128, 4, 4),
         why="as many bytes in flight as for d128; not measured"),
+    # Of what is fetched by address, five stages keep two tiles on their way, where three or four keep one.
+    Row(family="sm_90", head_dim=128, paged=True, seqlen_from=4096, config=TileConfig(16, 64, 4, 5),
+        why="pages of 16: 4,023 GB/s at 16 x 8k, 4,196 at 64 x 4k, 3,753 at 1 x 64k; as below 3,922, 4,210, "
+            "3,645, but at 128 x 1k 3,747 and 3,862"),
     Row(family="sm_90", head_dim=128, config=TileConfig(16, 128, 4, 3),
         why="4,066 GB/s at 16 x 8k, 4,270 at 64 x 4k; 64 keys 3,924, 4,233; two stages 3,929, 3,937"),
     Row(family="sm_90", head_dim=256, config=TileConfig(16, 64, 4, 3),

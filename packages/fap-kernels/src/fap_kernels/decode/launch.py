@@ -46,19 +46,17 @@ def choose_splits(programs: int, places: int, tiles: int) -> int:
         tiles: key tiles of the longest sweep.
 
     Returns:
-        The least number of shares that fills the last wave of programs to 90% of what the best number does.
-        It depends on sizes alone, never on the lengths, which the host does not know.
+        The least number of shares with which the chip is done within 5% of the shortest time. That is counted
+        in tiles: each wave of programs takes as long as a share's tiles, and one more until its first ones
+        have arrived. It depends on sizes alone, never on the lengths, which the host does not know.
     """
     most = max(1, min(MOST_SPLITS, tiles))
-    if programs == 0:
-        return 1
 
-    def filled(splits: int) -> float:
-        waves = programs * splits / places
-        return waves / -(-programs * splits // places)
+    def time(splits: int) -> int:
+        return -(-programs * splits // places) * (-(-tiles // splits) + 1)
 
-    best = max(filled(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if filled(splits) >= 0.9 * best)
+    shortest = min(time(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if time(splits) * 0.95 <= shortest)
 
 
 def plan_decode(

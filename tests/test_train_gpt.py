@@ -86,6 +86,7 @@ def test_it_trains_sharded_over_two_processes(train_gpt, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
 def test_it_trains_sharded_over_two_gpus(train_gpt):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

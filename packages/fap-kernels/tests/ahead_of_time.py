@@ -152,7 +152,9 @@ def _uniform_registers(line: str) -> tuple[set[int], set[int]]:
             for descriptor in re.findall(r"desc\[UR\d+\]", part):
                 uses |= _span(descriptor, 2)
             for register in re.findall(r"UR\d+", re.sub(r"desc\[UR\d+\]", "", part)):
-                uses |= _span(register, 2 if wide and sets and not operation.startswith("ULDC") else 1)
+                # Of a wide product only the addend is wide.
+                pair = ".64" in operation or ("WIDE" in operation and part is others[-1])
+                uses |= _span(register, 2 if pair and sets and not operation.startswith("ULDC") else 1)
     return uses, sets
 
 

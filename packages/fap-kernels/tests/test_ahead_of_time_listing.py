@@ -19,6 +19,8 @@ SKIPPED = [
         (SKIPPED, [SKIPPED[4], SKIPPED[7]]),
         (["UMOV UR6, 0x1", "UMOV UR7, 0x1", *SKIPPED], []),
         (["UIMAD.WIDE UR6, UR2, 0x1, URZ", *SKIPPED], ["UIMAD.WIDE UR6, UR2, 0x1, URZ"]),
+        (["UMOV UR2, 0x1", "UIMAD.WIDE UR6, UR2, 0x1, URZ", "EXIT"], []),
+        (["UMOV UR2, 0x1", "UIMAD.WIDE UR6, UR2, 0x1, UR2", "EXIT"], ["UIMAD.WIDE UR6, UR2, 0x1, UR2"]),
         (["@P0 UMOV UR2, 0x1", "IMAD.U32 R3, RZ, RZ, UR2", "EXIT"], []),
         (["BRX R4 -0x1a0 (*\"BRANCH_TARGETS .L_x_3\"*)", "UMOV UR2, 0x1", ".L_x_3:", "MOV R3, UR2", "EXIT"],
          ["MOV R3, UR2"]),

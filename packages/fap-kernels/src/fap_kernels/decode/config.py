@@ -21,7 +21,9 @@ DECODE = (
             "3,645, but at 128 x 1k 3,747 and 3,862"),
     Row(family="sm_90", head_dim=128, config=TileConfig(16, 128, 4, 3),
         why="4,066 GB/s at 16 x 8k, 4,270 at 64 x 4k; 64 keys 3,924, 4,233; two stages 3,929, 3,937"),
-    Row(family="sm_90", head_dim=256, config=TileConfig(16, 64, 4, 3),
+    Row(family="sm_90", head_dim=256, paged=True, config=TileConfig(16, 32, 4, 5),
+        why="as many bytes in flight as for d128; 64 keys spill, with Triton 3.4 388 bytes; not measured"),
+    Row(family="sm_90", head_dim=256, paged=False, config=TileConfig(16, 64, 4, 3),
         why="as many bytes in flight as for d128; not measured"),
     *(
         row

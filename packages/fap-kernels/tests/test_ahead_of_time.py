@@ -36,7 +36,7 @@ PLAIN_SPILLS = {
     ("dkdv", "sm_90", 192): 768,
     ("dkdv", "sm_90", 256): 1024,
 }
-ALL_OPTIONS_SPILLS = 1024
+ALL_OPTIONS_SPILLS = 1088
 ALL_OPTIONS_SPILLS_OF = {
     ("forward", "sm_100", 64): 6144,  # Triton 3.5: 5624
     ("forward", "gfx9", 128): 2048,  # Triton 3.4: 1656

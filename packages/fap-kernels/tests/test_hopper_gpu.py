@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fap_kernels import attention_forward, attention_varlen_forward, use_schedule
+from fap_kernels import AttentionProblem, attention_forward, attention_varlen_forward, use_schedule
+from fap_kernels.hopper.config import FORWARD, HopperRow, choose
 from fap_testing.reference import attention_reference
 
 pytestmark = [
@@ -55,6 +56,39 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> 
 def test_against_the_oracle(head_dim: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     # Long enough that no row of the table hands the call back.
     check(*draw(1, 1100, 4200, 4, 2, head_dim, dtype), **options)
+
+
+def rows() -> list[Any]:
+    """Every row for sequences that are not packed, with the masks that it is for."""
+    return [
+        pytest.param(row, mask, id=f"d{row.head_dim}-{number}-{mask}")
+        for number, row in enumerate(FORWARD)
+        if row.config is not None and not row.packed
+        for mask, bounded, windowed in (
+            ("full", False, False), ("causal", True, False), ("window", True, True)
+        )
+        if row.bounded in (None, bounded) and row.windowed in (None, windowed)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "mask"), rows())
+def test_a_row_has_the_portable_kernels_results(row: HopperRow[Any], mask: str) -> None:
+    """With more query tiles than a chip runs at a time, so that programs that stay have several."""
+    seqlen = max(row.seqlen_from, 700) + 3
+    options: dict[str, Any] = {"causal": mask == "causal"}
+    if mask == "window":
+        options["window_size"] = (300, 20)
+    if row.plain is False:
+        options["softcap"] = 30.0
+    q, k, v = draw(-(-16384 // seqlen), seqlen, seqlen, 16, 8, row.head_dim)
+    assert choose(FORWARD, AttentionProblem.describe(q, k, v, **options)) is row
+    results = []
+    for schedule in ("hopper", "portable"):
+        with use_schedule(schedule):
+            results.append(attention_forward(q, k, v, **options)[:2])
+    (out, lse), (right, right_lse) = results
+    assert (out.float() - right.float()).norm() <= 2 * ERRORS[q.dtype] * right.float().norm()
+    torch.testing.assert_close(lse, right_lse, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)

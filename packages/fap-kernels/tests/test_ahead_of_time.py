@@ -36,8 +36,9 @@ PLAIN_SPILLS = {
     ("dkdv", "sm_90", 192): 768,
     ("dkdv", "sm_90", 256): 1024,
 }
-ALL_OPTIONS_SPILLS = 1088
+ALL_OPTIONS_SPILLS = 1024
 ALL_OPTIONS_SPILLS_OF = {
+    ("forward", "sm_80", 128): 1088,  # Triton 3.4: 1048
     ("forward", "sm_100", 64): 6144,  # Triton 3.5: 5624
     ("forward", "gfx9", 128): 2048,  # Triton 3.4: 1656
     ("dkdv", "sm_80", 256): 4096,  # Triton 3.4: 3236

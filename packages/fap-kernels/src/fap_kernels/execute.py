@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .first_call import run_all
 from .support import require_supported
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def forward(
     launches, workspaces = plan_forward_by_schedule(
         problem, q, k, v, out, softmax_lse, alibi_slopes, rng_state, packing
     )
-    compiled = [launch.run(q.device) for launch in launches]
+    compiled = run_all(launches, q.device)
     if keep is not None:
         made = {"out": out, "lse": softmax_lse}
         if packing is not None:
@@ -100,7 +101,7 @@ def backward(
     launches, workspaces = plan_backward_by_schedule(
         problem, inputs, out, softmax_lse.contiguous(), dlse, dq, dk, dv
     )
-    compiled = [launch.run(q.device) for launch in launches]
+    compiled = run_all(launches, q.device)
     if keep is not None:
         made = {"dq": dq, "dk": dk, "dv": dv, "lse": lse, "delta": delta, **workspaces}
         keep(list(zip(launches, compiled, strict=True)), made)
@@ -157,7 +158,7 @@ def cached_forward(
         launches = plan_decode(problem, target, processors_of(q.device), *tensors, cache, num_splits)
     else:
         launches = [plan_forward(problem, target, *tensors, None, cache=cache)]
-    compiled = [launch.run(q.device) for launch in launches]
+    compiled = run_all(launches, q.device)
     if keep is not None:
         made = {"out": out, "lse": softmax_lse}
         if few_queries(problem):

@@ -116,6 +116,11 @@ class Launch:
                 return self.kernel[(self.programs,)](**self.arguments, **options)
         return self.kernel[(self.programs,)](**self.arguments, **options)
 
+    def compile(self, device: torch.device) -> None:
+        """Have Triton compile it for a GPU, and keep that for :meth:`run`. Any thread may do it."""
+        with torch.cuda.device(device):
+            self.kernel.warmup(grid=(self.programs,), **self.arguments, **self.options())
+
 
 def part_arguments(head_dim: int) -> dict[str, int]:
     """The constexprs that describe the head dimension."""

@@ -13,13 +13,8 @@ from test_hopper import describe, gluon_is_here
 
 from fap_kernels import explain_schedule, use_schedule
 from fap_kernels.backward.config import padded_rows
-from fap_kernels.backward.launch import BackwardInputs, plan_delta
-from fap_kernels.hopper.backward_launch import (
-    empty_additions,
-    empty_dq_acc,
-    plan_hopper_backward,
-    plan_query_grads,
-)
+from fap_kernels.backward.launch import BackwardInputs
+from fap_kernels.hopper.backward_launch import empty_dq_acc, plan_hopper_backward
 from fap_kernels.hopper.conditions import backward_reasons_against
 from fap_kernels.hopper.config import BACKWARD, BACKWARD_64, BACKWARD_128, BACKWARD_256, BackwardConfig
 from fap_kernels.launch import Launch
@@ -33,18 +28,13 @@ def inputs_of(**call: Any) -> BackwardInputs:
     return BackwardInputs(q, k, v, q, lse, delta, slopes, None, packing)
 
 
-def launches_of(config: BackwardConfig | None = None, **call: Any) -> tuple[Launch, Launch, Launch]:
+def launches_of(config: BackwardConfig | None = None, **call: Any) -> list[Launch]:
     """The three launches of a call."""
     problem, inputs = describe(**call)[0], inputs_of(**call)
     q, dk, dv = inputs.q, torch.empty_like(inputs.k), torch.empty_like(inputs.v)
-    dq_acc = empty_dq_acc(problem, inputs, config)
-    additions = empty_additions(problem, inputs, config)
     lse = torch.empty(1, problem.nheads, q.shape[1])
-    return (
-        plan_delta(problem, q, lse, None, inputs, dq_acc if additions is None else None, additions),
-        plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions, config),
-        plan_query_grads(problem, inputs, dq_acc, torch.empty_like(q), additions, config),
-    )
+    launches, _ = plan_hopper_backward(problem, inputs, q, lse, None, torch.empty_like(q), dk, dv, config)
+    return launches
 
 
 def compile_backward(config: BackwardConfig | None = None, **call: Any) -> Compiled:
@@ -53,7 +43,8 @@ def compile_backward(config: BackwardConfig | None = None, **call: Any) -> Compi
 
 CALLS: dict[str, dict[str, Any]] = {
     "full": {},
-    "causal": {"causal": True, "dtype": torch.float16},
+    "causal": {"causal": True},
+    "float16": {"causal": True, "dtype": torch.float16},
     "packed": {"packed": True},
     "packed, ordered": {"packed": True, "causal": True, "deterministic": True},
     "ordered": {"deterministic": True},
@@ -63,7 +54,7 @@ CALLS: dict[str, dict[str, Any]] = {
 # Bytes a thread that a program may spill, all partitions and loops together: what the assemblers of Triton
 # 3.6 to 3.9 were seen to spill, and a margin.
 SPILLS = {
-    "full": 1280, "ordered": 1280, "causal": 1280, "packed": 1280, "packed, ordered": 1280,
+    "full": 1280, "ordered": 1280, "causal": 1280, "float16": 1280, "packed": 1280, "packed, ordered": 1280,
     "window": 3072, "softcap and ALiBi": 4608,
 }  # fmt: skip
 CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128, 256: BACKWARD_256}
@@ -74,9 +65,10 @@ needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper c
 @needs_gluon
 @pytest.mark.parametrize(
     ("width", "kind"),
-    [(128, "full"), (128, "causal"), (128, "window"), (128, "softcap and ALiBi"),
-     (128, "ordered"), (64, "causal"), (64, "window"), (64, "packed"), (64, "packed, ordered"),
-     (256, "full"), (256, "causal"), (256, "packed"), (256, "window"), (256, "softcap and ALiBi")],
+    [(128, "full"), (128, "float16"), (128, "window"), (128, "softcap and ALiBi"), (128, "ordered"),
+     (64, "float16"), (64, "causal"), (64, "window"), (64, "packed"), (64, "packed, ordered"),
+     (64, "softcap and ALiBi"), (256, "full"), (256, "float16"), (256, "packed"), (256, "window"),
+     (256, "softcap and ALiBi")],
 )  # fmt: skip
 def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> None:
     backward = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind])
@@ -94,15 +86,32 @@ def test_the_table_has_no_other_configurations() -> None:
 
 
 @needs_gluon
-@pytest.mark.parametrize("config", [BACKWARD_64, BACKWARD_128], ids=str)
-def test_the_exponentials_run_beside_the_product_with_the_values(config: BackwardConfig) -> None:
-    code = disassemble(compile_backward(config, head_dim=config.width))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_exponentials_run_beside_the_product_with_the_values(head_dim: int) -> None:
+    config = CONFIGS[head_dim]
+    code = disassemble(compile_backward(head_dim=head_dim, dtype=torch.float16))
     # From S being there, beside dP, to dP being there, beside dV.
     beside = exponentials_between(code, 1, 1)
-    # Each of the 128 threads of a warpgroup has this many of the 64 x BLOCK_M weights.
+    # Each of the 128 threads of a warpgroup has this many of the 64 x BLOCK_N weights.
     exponentials = config.block_m // 2
     assert len(beside) == 2, "a step without a mask, of both warpgroups"
     assert min(beside) >= exponentials, "the wait for dP was moved above the exponentials"
+
+
+@needs_gluon
+def test_where_a_third_warpgroup_makes_dq_the_others_hardly_wait() -> None:
+    backward = compile_backward(head_dim=64)
+    # A step has 64 numbers of S and 64 of dP. There is room for both only one after the other.
+    assert backward.spills <= 64, "dP starts before all exponentials are done"
+    steps = _steps(disassemble(backward), "0110")
+    # With a mask and without, of both warpgroups.
+    assert len(steps) == 4
+    for step in steps:
+        between = next(n for n, line in enumerate(step) if "WARPGROUP.DEPBAR" in line and n > 0)
+        assert sum("MUFU.EX2" in line for line in step[:between]) == BACKWARD_64.block_m // 2
+        # For a slot alone, and there mostly not; that a slot is full, and a stage empty, is only told.
+        assert sum("BAR.SYNC" in line for line in step) == 1
+        assert sum("BAR.ARV" in line for line in step) == 2, "the third comes behind the last wait"
 
 
 @needs_gluon
@@ -110,19 +119,8 @@ def test_the_exponentials_run_beside_the_product_with_the_values(config: Backwar
 def test_a_step_has_few_barriers(deterministic: bool) -> None:
     """One hand-over of dS with a barrier before and behind it; dQ, and the stages, are only told of."""
     code = disassemble(compile_backward(BACKWARD_128, deterministic=deterministic))
-    waits = [
-        (number, match[1])
-        for number, line in enumerate(code)
-        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line))
-    ]
     # From dP being there to the end of the step, with waits for dV and dQ between.
-    steps = [
-        code[start:end]
-        for (start, first), (_, second), (_, third), (end, last) in zip(
-            waits, waits[1:], waits[2:], waits[3:], strict=False
-        )
-        if first + second + third + last == "1210"
-    ]
+    steps = _steps(code, "1210")
     assert len(steps) == 4, "two loops of two warpgroups"
     for step in steps:
         assert sum("BAR.SYNC" in line for line in step) == 3
@@ -130,6 +128,17 @@ def test_a_step_has_few_barriers(deterministic: bool) -> None:
     assert sum("UTMAREDG" in line for line in code) == 2, "other warps have dQ added"
     # dK and dV of two warpgroups, and dQ where a first addition is known.
     assert sum("UTMASTG" in line for line in code) == (6 if deterministic else 4)
+
+
+def _steps(code: list[str], outstanding: str) -> list[list[str]]:
+    """The instructions from the first to the last of waits that leave so many products under way."""
+    waits = [
+        (number, match[1])
+        for number, line in enumerate(code)
+        if (match := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line))
+    ]
+    rows = [waits[n : n + len(outstanding)] for n in range(len(waits))]
+    return [code[row[0][0] : row[-1][0]] for row in rows if "".join(left for _, left in row) == outstanding]
 
 
 @needs_gluon
@@ -166,9 +175,12 @@ def test_what_it_is_not_for_is_said(call: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        {"head_dim": 64, "window_size": (9, 0)},
-        {"head_dim": 64, "softcap": 3.0},
-        {"head_dim": 32},
+        {"head_dim": 64, "window_size": (9, 0), "dtype": torch.float16},
+        {"head_dim": 64, "softcap": 3.0, "dtype": torch.float16},
+        {"head_dim": 64, "packed": True, "causal": True, "dtype": torch.float16},
+        {"head_dim": 64, "alibi": True},
+        {"head_dim": 16},
+        {"head_dim": 32, "causal": True},
         {"alibi": True},
         {"packed": True, "causal": True},
     ],
@@ -186,7 +198,12 @@ def test_what_the_portable_kernels_do_faster_runs_where_it_is_asked_for(call: di
     "call",
     [
         {},
+        {"head_dim": 32},
+        {"head_dim": 32, "causal": True, "seqlen_k": 16384},
         {"head_dim": 40},
+        {"head_dim": 64, "window_size": (9, 0)},
+        {"head_dim": 64, "softcap": 3.0},
+        {"head_dim": 64, "packed": True, "causal": True},
         {"head_dim": 64, "causal": True, "seqlen_k": 1024},
         {"head_dim": 72},
         {"head_dim": 96, "causal": True, "seqlen_k": 1024},

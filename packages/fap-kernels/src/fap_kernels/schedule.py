@@ -153,23 +153,9 @@ def plan_backward_by_schedule(
     target = target_of(inputs.q.device)
     tensors = (inputs.q, inputs.k, inputs.v, inputs.dout)
     if _hopper_computes(problem, target, tensors, backward=True):
-        from .hopper.backward_launch import (
-            empty_additions,
-            empty_dq_acc,
-            plan_hopper_backward,
-            plan_query_grads,
-        )
+        from .hopper.backward_launch import plan_hopper_backward
 
-        dq_acc = empty_dq_acc(problem, inputs)
-        additions = empty_additions(problem, inputs)
-        workspaces = zeroed = {"dq_acc": dq_acc}
-        if additions is not None:
-            workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
-        return [
-            plan_delta(problem, out, softmax_lse, dlse, inputs, **zeroed),
-            plan_hopper_backward(problem, inputs, dq_acc, dk, dv, additions),
-            plan_query_grads(problem, inputs, dq_acc, dq, additions),
-        ], workspaces
+        return plan_hopper_backward(problem, inputs, out, softmax_lse, dlse, dq, dk, dv)
     return [
         plan_delta(problem, out, softmax_lse, dlse, inputs),
         plan_dkdv(problem, target, inputs, dk, dv),

@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
-    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions,
+    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions, lift,
     cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -21,9 +21,9 @@ def attention_delta_kernel(
 ):  # fmt: skip
     """Write ``lse`` and ``delta``, float32 ``(batch, nheads, rows_padded)``; batch is 1 where packed.
 
-    ``lse`` is the LSE in base 2 and ``delta = sum(out * dout) - dlse``. The sum is FlashAttention's D (Dao
-    et al., arXiv:2205.14135, section B.4). The LSE's gradient enters here because d LSE / d logits is
-    the softmax itself: ``dlogits = P * (dP - D + dlse)``.
+    ``lse`` is the LSE in base 2, less ``lift``, and ``delta = sum(out * dout) - dlse``. The sum is
+    FlashAttention's D (Dao et al., arXiv:2205.14135, section B.4). The LSE's gradient enters here because
+    d LSE / d logits is the softmax itself: ``dlogits = P * (dP - D + dlse)``.
 
     Each entry's rows are padded to a multiple of ``PADDING``, and so of every tile, with an LSE of +inf
     that makes their weights 0: the kernels that sweep queries then load these vectors without a mask,
@@ -59,7 +59,7 @@ def attention_delta_kernel(
     start = spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
     padded_first = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + first
     padded_row = padded_first + tl.arange(0, BLOCK_M)
-    tl.store(lse + padded_row, row_lse * LOG2E)
+    tl.store(lse + padded_row, row_lse * LOG2E - lift)
     tl.store(delta + padded_row, row_delta)
     if dq_acc is not None:
         column = tl.arange(0, WIDTH)

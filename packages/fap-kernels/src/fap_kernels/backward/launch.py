@@ -60,12 +60,14 @@ def plan_delta(
     inputs: BackwardInputs,
     dq_acc: torch.Tensor | None = None,
     additions: torch.Tensor | None = None,
+    lift: int = 0,
 ) -> Launch:
     """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors.
 
     Args:
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
+        lift: lower the LSE by so much, so that weights come out 2^lift times as large.
     """
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
@@ -86,6 +88,7 @@ def plan_delta(
             "delta": inputs.delta,
             "dq_acc": dq_acc,
             "additions": additions,
+            "lift": float(lift),
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
             "rows_swept": rows_swept,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backward.config import DELTA, ROW_PADDING
+from ..backward.launch import plan_delta
 from ..launch import Launch, packing_arguments, score_arguments, strides_of, tiles_of
-from .config import BACKWARD, WARPGROUP_ROWS, BackwardConfig, choose
+from .config import BACKWARD, LIFT, WARPGROUP_ROWS, BackwardConfig, choose
 from .launch import tile_descriptor
 from .query_grads import hopper_query_grads_kernel
 
@@ -41,7 +42,8 @@ def empty_additions(
 
     None where the order of additions is free: none was asked for, and the table prefers none.
     """
-    if not (problem.deterministic or (config or _configured(problem)).ordered):
+    config = config or _configured(problem)
+    if not problem.deterministic and (not config.ordered or _in_three(problem, config)):
         return None
     batch, nheads, rows = inputs.delta.shape
     return torch.empty((batch, nheads, rows // DELTA.block_m), dtype=torch.int32, device=inputs.q.device)
@@ -50,30 +52,64 @@ def empty_additions(
 def plan_hopper_backward(
     problem: AttentionProblem,
     inputs: BackwardInputs,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    config: BackwardConfig | None = None,
+) -> tuple[list[Launch], dict[str, torch.Tensor]]:
+    """The launches that fill ``dq``, ``dk`` and ``dv``, and the memory that they need besides, by name.
+
+    Args:
+        inputs: its ``lse`` and ``delta`` are filled as well.
+        out, softmax_lse, dlse: of the forward pass; the vectors contiguous.
+        config: overrides the table, in all functions of this module.
+    """
+    config = config or _configured(problem)
+    dq_acc = empty_dq_acc(problem, inputs, config)
+    additions = empty_additions(problem, inputs, config)
+    # With additions the first one stores.
+    workspaces = zeroed = {"dq_acc": dq_acc}
+    if additions is not None:
+        workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
+    lift = LIFT if _in_three(problem, config) else 0
+    return [
+        plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, **zeroed),
+        _plan_gradients(problem, inputs, dq_acc, dk, dv, additions, config),
+        plan_query_grads(problem, inputs, dq_acc, dq, additions, config),
+    ], workspaces
+
+
+def _plan_gradients(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
     dq_acc: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    additions: torch.Tensor | None = None,
-    config: BackwardConfig | None = None,
+    additions: torch.Tensor | None,
+    config: BackwardConfig,
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    With ``additions``, which must hold zeros instead, it adds in the same order on every run. ``config``
-    overrides the table, in all functions of this module.
+    With ``additions``, which must hold zeros instead, it adds in the same order on every run.
     """
     from .backward import hopper_backward_kernel
     from .backward_relay import hopper_backward_relay_kernel
+    from .backward_three import hopper_backward_three_kernel
 
-    config = config or _configured(problem)
     if config.relay and additions is not None:
         raise ValueError("the relay adds up dQ in no fixed order")
-    # What leaves for dq_acc at once: both warpgroups' tiles of 64 x 64, or one.
-    dq_tiles = 1 if config.relay else 2
+    in_two = not config.relay and not _in_three(problem, config)
+    kernel = hopper_backward_relay_kernel if config.relay else hopper_backward_three_kernel
+    # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
+    dq_tiles = 2 if in_two else 1
     tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
     items = problem.nheads_k * tiles
     packed = problem.packed
     return Launch(
-        kernel=hopper_backward_relay_kernel if config.relay else hopper_backward_kernel,
+        kernel=hopper_backward_kernel if in_two else kernel,
         programs=items,
         arguments={
             "q_part0": tile_descriptor(inputs.q, config.block_m, config.width, packed),
@@ -85,7 +121,7 @@ def plan_hopper_backward(
             "lse_part0": _plain_descriptor(inputs.lse, [config.block_m]),
             "delta_part0": _plain_descriptor(inputs.delta, [config.block_m]),
             "dq_acc_part0": _plain_descriptor(dq_acc, [dq_tiles * WARPGROUP_ROWS**2 // LINE, LINE]),
-            **({} if config.relay else {"additions": additions}),
+            **({"additions": additions} if in_two else {}),
             "heads_beside": None if packed else _heads_beside(problem, config, additions is not None),
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),
@@ -113,6 +149,7 @@ def plan_query_grads(
 ) -> Launch:
     """The launch that fills ``dq`` from ``dq_acc``, which was added to with these ``additions``."""
     config = config or _configured(problem)
+    lift = LIFT if _in_three(problem, config) else 0
     packing = packing_arguments(inputs.packing)
     tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, problem.seqlen_q, WARPGROUP_ROWS)
     return Launch(
@@ -129,7 +166,7 @@ def plan_query_grads(
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
             "rows_padded": dq_acc.shape[2],
-            "softmax_scale": problem.softmax_scale,
+            "softmax_scale": problem.softmax_scale * 2.0**-lift,
             "HEAD_DIM": problem.head_dim,
             "WIDTH": dq_acc.shape[3],
             "BLOCK_M": config.block_m,
@@ -144,6 +181,11 @@ def _configured(problem: AttentionProblem) -> BackwardConfig:
     if config is None:
         raise LookupError(f"the table hands {problem} to the portable kernels")
     return config
+
+
+def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
+    """Whether a third warpgroup makes dQ, as the configuration prefers."""
+    return config.three and not problem.deterministic and problem.dtype == torch.bfloat16
 
 
 def _heads_beside(problem: AttentionProblem, config: BackwardConfig, in_order: bool) -> int:

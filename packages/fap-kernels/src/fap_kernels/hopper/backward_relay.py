@@ -45,12 +45,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..language import rows, scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, backward_work, barriers, ring, work
+from .backward_third import ALL, SLOTS, make_dq
 from .backward_tiles import ROWS, THREADS
-from .compat import tma_add
-
-SLOTS = gl.constexpr(2)
-ALL = gl.constexpr(384)
-"""Threads of the three warpgroups."""
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -87,7 +83,7 @@ def hopper_backward_relay_kernel(
         [
             (_make_dv, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
             (_make_dk, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_make_dq, (operands, parts, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (make_dq, (operands, parts, 1, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
         ],
         [4, 4],
         [200, 96],
@@ -209,63 +205,4 @@ def _make_dk(
     k_packed = tile.k_start if call.cu_seqlens_k is not None else None
     dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
     backward_tiles.store(place, 0, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_M)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _make_dq(
-    operands, parts, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr,
-):  # fmt: skip
-    """The third warpgroup: multiply dS by the keys, have the result added up in memory, and fetch."""
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    PARTS: gl.constexpr = WIDTH // ROWS
-    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0]
-    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
-    call = operands.call
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
-    steps = call.group * sweep.count
-    for step in range(gl.minimum(steps, STAGES)):
-        if step == 0:
-            backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
-        backward_tiles.fill(
-            operands, operands.queries, parts[0], parts[4], tile, sweep, step, BLOCK_M, STAGES, PADDING
-        )
-        if step == 0:
-            backward_tiles.fill_keys(operands, operands.v_full, operands.v, parts[2], tile)
-        backward_tiles.fill(
-            operands, operands.douts, parts[3], parts[5], tile, sweep, step, BLOCK_M, STAGES, PADDING
-        )
-    k = ring.matrix(operands.k, BLOCK_N, WIDTH)
-    staging = operands.staging.index(0)
-    no_dq = gl.zeros([ROWS, ROWS], gl.float32, DQ)
-    mbarrier.wait(operands.k_full, 0, pred=steps > 0)
-    for step in range(steps):
-        slot, stage, later = step % SLOTS, step % STAGES, step + STAGES
-        head = tile.head_k * call.group + step // sweep.count
-        first_query = sweep.start + step % sweep.count * BLOCK_M
-        position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-        barriers.meet(barriers.GRADIENTS_THERE + slot, THREADS)
-        ds = operands.exchange.index(slot).permute([1, 0])
-        for part in gl.static_range(PARTS):
-            columns = k.slice(part * ROWS, ROWS, 1)
-            dq = warpgroup_mma(ds, columns, no_dq, use_acc=False, is_async=True)
-            if part == 0 and later < steps:
-                barriers.meet(barriers.DOUTS_FREE + stage, ALL)
-                backward_tiles.fill(
-                    operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
-                )
-            dq = warpgroup_mma_wait(0, [dq])
-            if part == PARTS - 1:
-                barriers.arrive(barriers.SLOT_FREE + slot, THREADS)
-            tma.store_wait(0)  # what was sent from staging before
-            staging.store(backward_tiles.as_registers_hold_it(dq))
-            fence_async_shared()
-            tma_add(operands.dq_acc, [position * (WIDTH // LINE) + part * HEIGHT, 0], staging)
-        if later < steps:
-            barriers.meet(barriers.QUERIES_FREE + stage, ALL)
-            backward_tiles.fill(
-                operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
-            )
     tma.store_wait(0)

@@ -20,6 +20,7 @@ __all__ = [
     "GRADIENTS_THERE",
     "QUERIES_FREE",
     "SLOT_FREE",
+    "SLOT_FREE_TOO",
     "WEIGHTS_THERE",
     "arrive",
     "meet",
@@ -41,14 +42,17 @@ DOUTS_FREE = gl.constexpr(12)
 DQ_STAGED = gl.constexpr(14)
 """Backward: the first of two, for even and odd steps: a tile of dQ may leave."""
 
+SLOT_FREE_TOO = gl.constexpr(6)
+"""Backward in three: the same as ``SLOT_FREE``, for the second warpgroup."""
+
 WEIGHTS_THERE = gl.constexpr(6)
 """Backward by relay: the first of one for each of two slots, in which there are weights."""
 
 GRADIENTS_THERE = gl.constexpr(8)
-"""Backward by relay: the same once there are their gradients."""
+"""Backward by relay, and in three: the same once there are their gradients."""
 
 SLOT_FREE = gl.constexpr(14)
-"""Backward by relay: the same once they are no longer needed."""
+"""Backward by relay, and in three: the same once they are no longer needed."""
 
 
 @builtin

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -16,6 +18,7 @@ __all__ = [
     "BACKWARD_128",
     "BACKWARD_256",
     "FORWARD",
+    "LIFT",
     "ORDERED_64",
     "ORDERED_128",
     "REDO",
@@ -28,6 +31,10 @@ __all__ = [
 
 WARPGROUP_ROWS = 64
 """Queries of one warpgroup of the forward, keys of one of the backward."""
+
+LIFT = 12
+"""Where weights of the backward wait as float16 they are 2^LIFT times as large. So those of a million keys
+still are normal numbers, and 1 is far from float16's end. Until they leave, so are all gradients."""
 
 Config = TypeVar("Config")
 
@@ -104,14 +111,17 @@ class BackwardConfig:
         block_m: queries in a tile. A warpgroup's half of a tile of dQ is 64 x 64, so 8192 / width, and 64 of
             256 columns.
         stages: tiles of queries, and of the output's gradient, that are fetched ahead; at most two.
-        ordered: let key tiles add to dQ one after the other, though nobody has asked for the same bits on
-            every run: then no memory need be zeroed before, which counts where sequences are short.
+        three: let a third warpgroup make dQ, and fetch, where tensors are bfloat16 and nobody has asked for
+            the same bits on every run; for width 64.
+        ordered: else let key tiles add to dQ one after the other, though nobody has asked for it: then no
+            memory need be zeroed before, which counts where sequences are short.
     """
 
     width: int
     block_m: int
     stages: int
     ordered: bool = False
+    three: bool = False
 
     @property
     def relay(self) -> bool:
@@ -136,6 +146,7 @@ class HopperRow(Generic[Config]):
         plain: only calls without softcap and ALiBi (True), or with one of them (False); None is both.
         alibi: only with (True) or without (False) ALiBi; None is both.
         packed: only packed sequences (True), or none (False); None is both.
+        bfloat16: only bfloat16 (True), or only others (False); None is both.
         windowed: only with (True) or without (False) a bound on the left; None is both.
         seqlen_from, seqlen_below: the least ``seqlen_k``, and the least that is too long; None for any.
         by_default: to be taken as a matter of course; else only where ``use_schedule("hopper")`` asks for it.
@@ -148,6 +159,7 @@ class HopperRow(Generic[Config]):
     plain: bool | None = None
     alibi: bool | None = None
     packed: bool | None = None
+    bfloat16: bool | None = None
     windowed: bool | None = None
     seqlen_from: int = 0
     seqlen_below: int | None = None
@@ -163,6 +175,7 @@ class HopperRow(Generic[Config]):
             and self.plain in (None, plain)
             and self.alibi in (None, problem.alibi is not None)
             and self.packed in (None, problem.packed)
+            and self.bfloat16 in (None, problem.dtype == torch.bfloat16)
             and self.windowed in (None, problem.window_left >= 0)
             and problem.seqlen_k >= self.seqlen_from
             and (self.seqlen_below is None or problem.seqlen_k < self.seqlen_below)
@@ -287,7 +300,7 @@ REDO = {
     256: RedoConfig(64, 32, 8, 2, 16),
 }
 
-BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2)
+BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2, three=True)
 BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
 BACKWARD_256 = BackwardConfig(width=256, block_m=64, stages=2)
 ORDERED_64 = replace(BACKWARD_64, ordered=True)
@@ -298,23 +311,35 @@ ORDERED_128 = replace(BACKWARD_128, ordered=True)
 # fits is taken.
 BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
     HopperRow(head_dim=64, alibi=True, config=BACKWARD_64, by_default=False,
-              why="with ALiBi the portable kernels are faster: by 2.4 at 4k"),
-    HopperRow(head_dim=64, plain=False, config=BACKWARD_64, by_default=False,
-              why="with softcap the portable kernels are faster: by 1.35 at 4k"),
-    HopperRow(head_dim=64, windowed=True, config=BACKWARD_64, by_default=False,
-              why="with a window to the left the portable kernels are faster: by 1.1 to 1.25 at 8k"),
-    HopperRow(head_dim=32, config=BACKWARD_64, by_default=False,
-              why="d32: the portable kernels are faster: by 1.1 at 4k, causal 1.27"),
+              why="with ALiBi the portable kernels are faster: causal at 4k by 1.3, float16 by 2.4"),
+    HopperRow(head_dim=64, plain=False, bfloat16=False, config=BACKWARD_64, by_default=False,
+              why="with softcap in float16 the portable kernels are faster: by 1.35 at 4k"),
+    HopperRow(head_dim=64, windowed=True, bfloat16=False, config=BACKWARD_64, by_default=False,
+              why="with a window to the left in float16 the portable kernels are faster: by 1.1 to 1.25"),
+    HopperRow(head_dim=24, config=BACKWARD_64, by_default=False,
+              why="d16: the portable kernels are faster: by 1.13 at 4k, causal 1.24"),
+    HopperRow(head_dim=32, bfloat16=False, config=BACKWARD_64, by_default=False,
+              why="d32 in float16: the portable kernels are faster: by 1.1 at 4k, causal 1.27"),
+    HopperRow(head_dim=32, bounded=True, seqlen_below=8192, config=BACKWARD_64, by_default=False,
+              why="d32, causal: the portable kernels are faster: by 1.02 at 4k"),
+    HopperRow(head_dim=32, config=BACKWARD_64,
+              why="d32: 1.08 of the portable kernels' speed at 4k, causal 1.09 at 16k"),
+    HopperRow(head_dim=64, plain=False, config=BACKWARD_64,
+              why="with softcap 1.57 of the portable kernels' speed at 4k, causal 1.29"),
+    HopperRow(head_dim=64, windowed=True, config=BACKWARD_64,
+              why="at 8k 1.27 of the portable kernels' speed with 1024 keys, 1.05 with 256"),
     HopperRow(head_dim=64, packed=False, bounded=False, seqlen_below=1024, config=ORDERED_64,
-              why="308 at 512; free order 295, portable 246, cuDNN 277, FA4 306"),
+              why="298 at 512; two warpgroups 282, in order 292"),
     HopperRow(head_dim=64, packed=False, bounded=True, seqlen_below=4096, config=ORDERED_64,
-              why="causal: 187 at 512, 361 at 2k; free order 172, 351, portable 176, 293, cuDNN 167, 317"),
+              why="causal: 178 at 512, 379 at 2k; two warpgroups 170, 348, in order 177, 361"),
     HopperRow(head_dim=64, bounded=False, config=BACKWARD_64,
-              why="438 at 2k, 496 at 16k; portable 306, 341, cuDNN 416, 463, FA4 489, 568; d40 1.4x"),
+              why="474 at 2k, 558 at 8k, 551 at 16k; two warpgroups 427, 474, 485; d40 1.74 of portable"),
     HopperRow(head_dim=64, seqlen_from=1024, config=BACKWARD_64,
-              why="causal: 462 at 8k, 494 at 16k; portable 347, 358, cuDNN 398, 423, FA4 539, 543"),
-    HopperRow(head_dim=64, config=BACKWARD_64, by_default=False,
-              why="packed, causal: the portable kernels are faster by 1.06 at 512"),
+              why="causal: 511 at 8k, 536 at 16k; two warpgroups 449, 476; d40 1.80 of portable"),
+    HopperRow(head_dim=64, bfloat16=False, config=BACKWARD_64, by_default=False,
+              why="packed, causal, float16: the portable kernels are faster by 1.06 at 512"),
+    HopperRow(head_dim=64, config=BACKWARD_64,
+              why="packed, causal: 1.11 of the portable kernels' speed at 512"),
 
     HopperRow(head_dim=128, alibi=True, config=BACKWARD_128, by_default=False,
               why="with ALiBi the portable kernels are faster: by 1.2 at 4k, causal 1.35"),

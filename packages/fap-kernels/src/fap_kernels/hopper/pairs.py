@@ -18,14 +18,79 @@ def rounded(weights, values):
     They take the registers of the pairs before. So those must have been multiplied: if a product still reads
     them, the assembler lets all products wait for each other.
     """
-    HEIGHT: gl.constexpr = weights.shape[0]
-    WIDTH: gl.constexpr = weights.shape[1]
     KIND: gl.constexpr = "bf16x2" if values.tiles.dtype == gl.bfloat16 else "f16x2"
-    even, odd = gl.split(weights.reshape([HEIGHT, WIDTH // 2, 2]))
+    return _rounded(weights, KIND)
+
+
+@gluon.jit
+def as_float16(numbers):
+    """A float32 tile as pairs of float16, whatever the dtype of the call, to be kept for a while."""
+    return _rounded(numbers, "f16x2")
+
+
+@gluon.jit
+def _rounded(numbers, KIND: gl.constexpr):
+    even, odd = _split(numbers)
     # Not pure: what is pure may be moved to where it is used, among products that are under way.
     return gl.inline_asm_elementwise(
         "cvt.rn." + KIND + ".f32 $0, $2, $1;", "=r,f,f", [even, odd], gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def from_float16(pairs, LAYOUT: gl.constexpr):
+    """What was kept by :func:`as_float16`, as a float32 tile again."""
+    even = _half("low", pairs)
+    odd = _half("high", pairs)
+    return _join(even, odd, LAYOUT)
+
+
+@gluon.jit
+def _half(WHICH: gl.constexpr, pairs):
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, " + WHICH + "; }", "=f,r",
+        [pairs], gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def negative_after(pairs, numbers, zero):
+    """The float32 tile ``-numbers``, but not before the ``pairs`` are there, of which each goes with two.
+
+    Without it the assembler puts off what the pairs are made of, until both that and a product that starts at
+    these numbers need registers.
+
+    Args:
+        zero: 0.0, come by in such a way that no compiler knows it. The numbers become those less 0 times the
+            pairs, read as float32.
+    """
+    LAYOUT: gl.constexpr = numbers.type.layout
+    even, odd = _split(numbers)
+    return _join(_less_product(even, pairs, zero), _less_product(odd, pairs, zero), LAYOUT)
+
+
+@gluon.jit
+def _less_product(numbers, pairs, zero):
+    # The sign costs nothing: the instruction that adds takes it along.
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 less; neg.f32 less, $1; fma.rn.ftz.f32 $0, $2, $3, less; }", "=f,f,f,f",
+        [numbers, pairs.to(gl.float32, bitcast=True), zero], gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _split(numbers):
+    HEIGHT: gl.constexpr = numbers.shape[0]
+    WIDTH: gl.constexpr = numbers.shape[1]
+    even, odd = gl.split(numbers.reshape([HEIGHT, WIDTH // 2, 2]))
+    return even, odd
+
+
+@gluon.jit
+def _join(even, odd, LAYOUT: gl.constexpr):
+    HEIGHT: gl.constexpr = even.shape[0]
+    WIDTH: gl.constexpr = 2 * even.shape[1]
+    return gl.convert_layout(gl.join(even, odd).reshape([HEIGHT, WIDTH]), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit

@@ -1,0 +1,200 @@
+"""The backward pass on Hopper for narrow heads: two warpgroups hold 64 keys each, a third one makes dQ.
+
+All is held transposed, as in :mod:`fap_kernels.hopper.backward`. But there the two warpgroups meet in every
+step, to make dQ of each other's dS. Here they hand dS on, and never wait for each other.
+
+    fetcher      K  Q0     V  dO0      Q1 dO1     Q2 dO2 ...      a stage is fetched again once
+                 |  |      |  |        |  |                       both warpgroups have given it back
+    warpgroup    S=KQ0 ────┘──┘        |  |
+                 P=exp(S-LSE)          |  |
+                 ┌ dP=V dO0, -delta    |  |    asynchronous       starts at -delta, so that it is dP-delta
+                 │ dV+=P dO0           |  |    asynchronous
+                 └ dS=P dP             |  |    beside dV
+                 ┌ dK+=dS Q0           |  |    asynchronous
+                 │ dS to slot 0 ───────│──│──┐                    waits until the third has given it back
+                 │ give dO0 back       |  |  |
+                 └ give Q0 back        |  |  |
+                 S=KQ1 ────────────────┘  |  |
+                 ...                         |
+                 dV, dK * softmax_scale through the tiles of V and K to memory
+    third        dQ=dS^T K, 64 queries each; give slot 0 back with the last
+                 dQ to staging, and from there to memory
+                 ...
+
+The third warpgroup is also the fetcher: ``fap_kernels.hopper.backward_third``. It waits for a step of the
+other two, and they for a slot, or a stage, of two steps ago: so no circle can close.
+
+S is there before dP starts, or both would need registers at once. While one warpgroup weighs, the other two
+multiply. For want of registers, too, the weights wait for dP as float16, ``2**LIFT`` times as large. That is
+exact enough for gradients in bfloat16, of which it changes the last bit now and then; in float16 their error
+would grow by a quarter, so those are left to :mod:`fap_kernels.hopper.backward`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..language import rows, scores
+from ..launch import UNSPECIALIZED
+from . import backward_tiles, backward_work, barriers, pairs, ring, work
+from .backward_third import ALL, SLOTS, make_dq
+from .backward_tiles import ROWS, THREADS
+from .config import LIFT
+
+LOWER = gl.constexpr(2.0**-LIFT)
+"""What the LSE is lowered by lifts all weights, and so all gradients, until they leave."""
+
+
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
+def hopper_backward_three_kernel(
+    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
+    heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
+    nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
+):  # fmt: skip
+    """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
+
+    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
+    """
+    call = work.Call(
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
+        window_left, window_right, items, None,
+    )  # fmt: skip
+    score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
+    room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    exchange = gl.allocate_shared_memory(dk_part0.dtype, [SLOTS, BLOCK_N, BLOCK_M], SWIZZLED)
+    staging = gl.allocate_shared_memory(gl.float32, [2] + dq_acc_part0.block_shape, dq_acc_part0.layout)
+    fence_async_shared()
+    operands = backward_tiles.Operands(
+        call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
+        exchange, staging, dk_part0, dv_part0, dq_acc_part0, None, heads_beside, rows_padded,
+    )  # fmt: skip
+    parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
+    # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
+    gl.warp_specialize(
+        [
+            (_make_dk_dv, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dk_dv, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (make_dq, (operands, parts, 2, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+        ],
+        [4, 4],
+        [216, 72],
+    )
+
+
+@gluon.jit
+def _make_dk_dv(
+    WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of 64 keys and values, and hand dS on."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    call = operands.call
+    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
+    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
+    mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
+    mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
+    for member in range(call.group):
+        for number in range(sweep.leading):
+            dk, dv = _step(
+                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                True,
+            )  # fmt: skip
+        for number in range(sweep.leading, sweep.unmasked_end):
+            dk, dv = _step(
+                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                False,
+            )  # fmt: skip
+        if call.window_left is not None:
+            for number in range(sweep.unmasked_end, sweep.count):
+                dk, dv = _step(
+                    WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                    True,
+                )  # fmt: skip
+    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
+    dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    # Nobody else reads the warpgroup's own 64 values.
+    backward_tiles.store(operands.v, WARPGROUP, dv * LOWER, dv_rows, tile, WIDTH, BLOCK_N)
+    steps = call.group * sweep.count
+    if steps > 0:
+        # With the last slot the third warpgroup has given back the keys.
+        _wait_for_slot(WARPGROUP, steps - 1)
+    dk = dk * (operands.score.scale * LOWER)
+    backward_tiles.store(operands.k, WARPGROUP, dk, dk_rows, tile, WIDTH, BLOCK_N)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _wait_for_slot(WARPGROUP: gl.constexpr, step):
+    """Wait until the third warpgroup has read what was in the slot of ``step``."""
+    OWN: gl.constexpr = barriers.SLOT_FREE if WARPGROUP == 0 else barriers.SLOT_FREE_TOO
+    barriers.meet(OWN + step % SLOTS, THREADS)
+
+
+@gluon.jit
+def _step(
+    WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, dk, dv,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
+):  # fmt: skip
+    """Take in query tile ``number`` of a head, the ``member``-th of its group; see the module's docstring."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    queries, douts = operands.queries, operands.douts
+    call = operands.call
+    step = member * sweep.count + number
+    stage, phase = step % STAGES, step // STAGES & 1
+    head = tile.head_k * call.group + member
+    first_query = sweep.start + number * BLOCK_M
+    k = ring.matrix(operands.k, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    v = ring.matrix(operands.v, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
+    dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
+
+    mbarrier.wait(queries.full.index(stage), phase)
+    row_lse = queries.numbers.index(stage).load(COLUMN)
+    s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    first_key = tile.first_key + WARPGROUP * ROWS
+    weights = backward_tiles.weigh(operands, tile, head, first_query, first_key, s, row_lse, BLOCK_M, MASKED)
+    rounded = pairs.rounded(weights, douts)
+    # There is no room for them as they are until dP is there.
+    share = pairs.as_float16(scores.logits_grad(operands.score, s, weights))
+
+    mbarrier.wait(douts.full.index(stage), phase)
+    delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMN)[None, :], zeros)
+    zero = (call.seqlen_q >> 31).to(gl.float32)  # it is never negative
+    less_delta = pairs.negative_after(rounded, delta, zero)
+    dp = warpgroup_mma(v, dout.permute([1, 0]), less_delta, is_async=True)
+    p = pairs.matrix(rounded, douts, dv)
+    dv = warpgroup_mma(p, dout, dv, is_async=True)
+    dp = warpgroup_mma_wait(1, [dp])
+    ds = (pairs.from_float16(share, S) * dp).to(operands.dk.dtype)
+    left = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
+    dk = warpgroup_mma(left, q, dk, is_async=True)
+    if step >= SLOTS:
+        _wait_for_slot(WARPGROUP, step)
+    operands.exchange.index(step % SLOTS).slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
+    fence_async_shared()
+    barriers.arrive(barriers.GRADIENTS_THERE + step % SLOTS, ALL)
+    dv, p = warpgroup_mma_wait(1, [dv, p])
+    barriers.arrive(barriers.DOUTS_FREE + stage, ALL)
+    dk, left = warpgroup_mma_wait(0, [dk, left])
+    barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
+    return dk, dv

@@ -17,13 +17,14 @@ def attention_delta_kernel(
     cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
-    BLOCK_M: tl.constexpr, PADDING: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, PADDING: tl.constexpr, WIDTH: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write ``lse`` and ``delta``, float32 ``(batch, nheads, rows_padded)``; batch is 1 where packed.
 
     ``lse`` is the LSE in base 2, less ``lift``, and ``delta = sum(out * dout) - dlse``. The sum is
     FlashAttention's D (Dao et al., arXiv:2205.14135, section B.4). The LSE's gradient enters here because
-    d LSE / d logits is the softmax itself: ``dlogits = P * (dP - D + dlse)``.
+    d LSE / d logits is the softmax itself: ``dlogits = P * (dP - D + dlse)``. With ``NEGATIVE`` it is
+    ``-delta`` that is written, at which products can start.
 
     Each entry's rows are padded to a multiple of ``PADDING``, and so of every tile, with an LSE of +inf
     that makes their weights 0: the kernels that sweep queries then load these vectors without a mask,
@@ -60,7 +61,7 @@ def attention_delta_kernel(
     padded_first = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + first
     padded_row = padded_first + tl.arange(0, BLOCK_M)
     tl.store(lse + padded_row, row_lse * LOG2E - lift)
-    tl.store(delta + padded_row, row_delta)
+    tl.store(delta + padded_row, -row_delta if NEGATIVE else row_delta)
     if dq_acc is not None:
         column = tl.arange(0, WIDTH)
         tl.store(

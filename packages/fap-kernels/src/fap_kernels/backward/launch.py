@@ -61,6 +61,7 @@ def plan_delta(
     dq_acc: torch.Tensor | None = None,
     additions: torch.Tensor | None = None,
     lift: int = 0,
+    negative: bool = False,
 ) -> Launch:
     """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors.
 
@@ -68,6 +69,7 @@ def plan_delta(
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
         lift: lower the LSE by so much, so that weights come out 2^lift times as large.
+        negative: fill ``inputs.delta`` with ``-delta``.
     """
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
@@ -100,6 +102,7 @@ def plan_delta(
             "BLOCK_M": config.block_m,
             "PADDING": ROW_PADDING,
             "WIDTH": 0 if dq_acc is None else dq_acc.shape[3],
+            "NEGATIVE": negative,
         },
         num_warps=config.num_warps,
     )

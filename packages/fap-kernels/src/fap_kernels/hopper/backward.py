@@ -240,7 +240,7 @@ def _step(
     mbarrier.wait(queries.full.index(stage), phase)
     row_lse = queries.numbers.index(stage).load(COLUMN)
     mbarrier.wait(douts.full.index(stage), phase)
-    less_delta = zeros - douts.numbers.index(stage).load(COLUMN)[None, :]
+    less_delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMN)[None, :], zeros)
     s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if MASKED:  # a mask needs the registers in which the products would wait for each other
         s = warpgroup_mma_wait(0, [s])

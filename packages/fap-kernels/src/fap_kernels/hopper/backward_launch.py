@@ -76,7 +76,7 @@ def plan_hopper_backward(
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
     lift = LIFT if _in_three(problem, config) else 0
     return [
-        plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, **zeroed),
+        plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, **zeroed),
         _plan_gradients(problem, inputs, dq_acc, dk, dv, additions, config),
         plan_query_grads(problem, inputs, dq_acc, dq, additions, config),
     ], workspaces

@@ -184,8 +184,8 @@ def _make_dk(
         q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
         dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
         mbarrier.wait(douts.full.index(stage), phase)
-        row_delta = douts.numbers.index(stage).load(gl.SliceLayout(0, S))
-        less_delta = gl.zeros([ROWS, BLOCK_M], gl.float32, S) - row_delta[None, :]
+        row_numbers = douts.numbers.index(stage).load(gl.SliceLayout(0, S))
+        less_delta, _ = gl.broadcast(row_numbers[None, :], gl.zeros([ROWS, BLOCK_M], gl.float32, S))
         dp = warpgroup_mma(v, dout.permute([1, 0]), less_delta, is_async=True)
         barriers.meet(barriers.WEIGHTS_THERE + slot, THREADS)
         share = operands.exchange.index(slot).load(S).to(gl.float32)

@@ -178,9 +178,9 @@ def _step(
     share = pairs.as_float16(scores.logits_grad(operands.score, s, weights))
 
     mbarrier.wait(douts.full.index(stage), phase)
-    delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMN)[None, :], zeros)
+    less_delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMN)[None, :], zeros)
     zero = (call.seqlen_q >> 31).to(gl.float32)  # it is never negative
-    less_delta = pairs.negative_after(rounded, delta, zero)
+    less_delta = pairs.no_sooner_than(rounded, less_delta, zero)
     dp = warpgroup_mma(v, dout.permute([1, 0]), less_delta, is_async=True)
     p = pairs.matrix(rounded, douts, dv)
     dv = warpgroup_mma(p, dout, dv, is_async=True)

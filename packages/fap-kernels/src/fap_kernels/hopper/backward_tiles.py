@@ -24,7 +24,7 @@ class Operands(NamedTuple):
     Fields:
         call, score: what to compute.
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
-        queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with delta.
+        queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with -delta.
         k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
             its rows. Its gradients leave through here.
         exchange: dS of two steps, keys by queries.

@@ -54,27 +54,26 @@ def _half(WHICH: gl.constexpr, pairs):
 
 
 @gluon.jit
-def negative_after(pairs, numbers, zero):
-    """The float32 tile ``-numbers``, but not before the ``pairs`` are there, of which each goes with two.
+def no_sooner_than(pairs, numbers, zero):
+    """The float32 tile ``numbers``, but not before the ``pairs`` are there, of which each goes with two.
 
     Without it the assembler puts off what the pairs are made of, until both that and a product that starts at
     these numbers need registers.
 
     Args:
-        zero: 0.0, come by in such a way that no compiler knows it. The numbers become those less 0 times the
+        zero: 0.0, come by in such a way that no compiler knows it. The numbers become those plus 0 times the
             pairs, read as float32.
     """
     LAYOUT: gl.constexpr = numbers.type.layout
     even, odd = _split(numbers)
-    return _join(_less_product(even, pairs, zero), _less_product(odd, pairs, zero), LAYOUT)
+    return _join(_plus_product(even, pairs, zero), _plus_product(odd, pairs, zero), LAYOUT)
 
 
 @gluon.jit
-def _less_product(numbers, pairs, zero):
-    # The sign costs nothing: the instruction that adds takes it along.
+def _plus_product(numbers, pairs, zero):
     return gl.inline_asm_elementwise(
-        "{ .reg .f32 less; neg.f32 less, $1; fma.rn.ftz.f32 $0, $2, $3, less; }", "=f,f,f,f",
-        [numbers, pairs.to(gl.float32, bitcast=True), zero], gl.float32, is_pure=True, pack=1,
+        "fma.rn.ftz.f32 $0, $2, $3, $1;", "=f,f,f,f", [numbers, pairs.to(gl.float32, bitcast=True), zero],
+        gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
 

@@ -66,9 +66,9 @@ needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper c
 @pytest.mark.parametrize(
     ("width", "kind"),
     [(128, "full"), (128, "float16"), (128, "window"), (128, "softcap and ALiBi"), (128, "ordered"),
-     (64, "float16"), (64, "causal"), (64, "window"), (64, "packed"), (64, "packed, ordered"),
-     (64, "softcap and ALiBi"), (256, "full"), (256, "float16"), (256, "packed"), (256, "window"),
-     (256, "softcap and ALiBi")],
+     (64, "float16"), (64, "causal"), (64, "ordered"), (64, "window"), (64, "packed"),
+     (64, "packed, ordered"), (64, "softcap and ALiBi"), (256, "full"), (256, "float16"), (256, "packed"),
+     (256, "window"), (256, "softcap and ALiBi")],
 )  # fmt: skip
 def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> None:
     backward = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind])
@@ -100,7 +100,7 @@ def test_the_exponentials_run_beside_the_product_with_the_values(head_dim: int) 
 
 @needs_gluon
 def test_where_a_third_warpgroup_makes_dq_the_others_hardly_wait() -> None:
-    backward = compile_backward(head_dim=64)
+    backward = compile_backward(head_dim=64, seqlen_k=4096)
     # A step has 64 numbers of S and 64 of dP. There is room for both only one after the other.
     assert backward.spills <= 64, "dP starts before all exponentials are done"
     steps = _steps(disassemble(backward), "0110")
@@ -149,9 +149,32 @@ def test_what_surrounds_it_compiles() -> None:
         assert compile_launch(query_grads, "sm_90").spills == 0
         if config.relay:
             continue
-        delta, _, query_grads = launches_of(config, head_dim=width, deterministic=True)
+        delta, _, query_grads = launches_of(config, head_dim=width, deterministic=True, window_size=(9, 0))
         assert compile_launch(delta, "sm_90").spills == 0
         assert compile_launch(query_grads, "sm_90").spills == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "launches"),
+    [
+        ({}, 2),
+        ({"causal": True, "seqlen_q": 100}, 2),
+        ({"causal": True, "seqlen_q": 257}, 3),  # the first query sees no key
+        ({"window_size": (9, 0)}, 3),  # the first key tile is not the last one for all query tiles
+        ({"packed": True}, 3),
+        ({"dtype": torch.float16}, 3),
+        ({"head_dim": 128}, 3),
+    ],
+    ids=str,
+)
+@needs_gluon
+def test_the_last_to_add_to_dq_finishes_it_where_one_is_the_last_for_all(
+    call: dict[str, Any], launches: int
+) -> None:
+    assert len(launches_of(**{"head_dim": 64, "deterministic": True} | call)) == launches
+    assert len(launches_of(**{"head_dim": 64, "seqlen_k": 4096} | call)) == 3, (
+        "in no order nobody is the last"
+    )
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def hopper_backward_kernel(
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        exchange, staging, dk_part0, dv_part0, dq_acc_part0, additions, heads_beside, rows_padded,
+        exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, additions, heads_beside,
+        rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
@@ -106,7 +107,7 @@ def _fetch(
 ):  # fmt: skip
     """Fetch the key tile, and fill the rings in the order in which the warpgroups empty them."""
     call = operands.call
-    tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     q_packed = tile.q_start if call.cu_seqlens_q is not None else None
     q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     dout_rows = rows.Rows(None, None, parts[3], None, tile.q_batch, q_packed, tile.seqlen_q, None)
@@ -135,7 +136,7 @@ def _send(
 ):  # fmt: skip
     """Have the TMA unit add every second tile of dQ to memory, from its slot of the staging memory."""
     call = operands.call
-    tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
     for step in range(SLOT, call.group * sweep.count, 2):
@@ -162,17 +163,6 @@ def _send(
 
 
 @gluon.jit
-def _work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The program's key tile, and its sweep."""
-    call = operands.call
-    # In a fixed order, a head's last key tile adds first: under a causal mask it starts at later queries than
-    # the others, and is always ahead of them.
-    LAST_FIRST: gl.constexpr = operands.additions is not None
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, LAST_FIRST)
-    return tile, backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
-
-
-@gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -180,7 +170,7 @@ def _multiply(
     """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
-    tile, sweep = _work_of(operands, BLOCK_M, BLOCK_N)
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)

@@ -42,8 +42,7 @@ def empty_additions(
 
     None where the order of additions is free: none was asked for, and the table prefers none.
     """
-    config = config or _configured(problem)
-    if not problem.deterministic and (not config.ordered or _in_three(problem, config)):
+    if not (problem.deterministic or (config or _configured(problem)).ordered):
         return None
     batch, nheads, rows = inputs.delta.shape
     return torch.empty((batch, nheads, rows // DELTA.block_m), dtype=torch.int32, device=inputs.q.device)
@@ -75,17 +74,21 @@ def plan_hopper_backward(
     if additions is not None:
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
     lift = LIFT if _in_three(problem, config) else 0
-    return [
+    finishes = _finishes(problem, config, additions)
+    launches = [
         plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, **zeroed),
-        _plan_gradients(problem, inputs, dq_acc, dk, dv, additions, config),
-        plan_query_grads(problem, inputs, dq_acc, dq, additions, config),
-    ], workspaces
+        _plan_gradients(problem, inputs, dq_acc, dq if finishes else None, dk, dv, additions, config),
+    ]
+    if not finishes:
+        launches.append(plan_query_grads(problem, inputs, dq_acc, dq, additions, config))
+    return launches, workspaces
 
 
 def _plan_gradients(
     problem: AttentionProblem,
     inputs: BackwardInputs,
     dq_acc: torch.Tensor,
+    dq: torch.Tensor | None,
     dk: torch.Tensor,
     dv: torch.Tensor,
     additions: torch.Tensor | None,
@@ -93,7 +96,8 @@ def _plan_gradients(
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    With ``additions``, which must hold zeros instead, it adds in the same order on every run.
+    With ``additions``, which must hold zeros instead, it adds in the same order on every run, and may fill
+    ``dq`` as well.
     """
     from .backward import hopper_backward_kernel
     from .backward_relay import hopper_backward_relay_kernel
@@ -101,15 +105,19 @@ def _plan_gradients(
 
     if config.relay and additions is not None:
         raise ValueError("the relay adds up dQ in no fixed order")
-    in_two = not config.relay and not _in_three(problem, config)
-    kernel = hopper_backward_relay_kernel if config.relay else hopper_backward_three_kernel
+    if config.relay:
+        kernel, order = hopper_backward_relay_kernel, {}
+    elif _in_three(problem, config):
+        kernel, order = hopper_backward_three_kernel, _in_order_by_three(additions, dq_acc, dq)
+    else:
+        kernel, order = hopper_backward_kernel, {"additions": additions}
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
-    dq_tiles = 2 if in_two else 1
+    dq_tiles = 2 if kernel is hopper_backward_kernel else 1
     tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
     items = problem.nheads_k * tiles
     packed = problem.packed
     return Launch(
-        kernel=hopper_backward_kernel if in_two else kernel,
+        kernel=kernel,
         programs=items,
         arguments={
             "q_part0": tile_descriptor(inputs.q, config.block_m, config.width, packed),
@@ -121,7 +129,7 @@ def _plan_gradients(
             "lse_part0": _plain_descriptor(inputs.lse, [config.block_m]),
             "delta_part0": _plain_descriptor(inputs.delta, [config.block_m]),
             "dq_acc_part0": _plain_descriptor(dq_acc, [dq_tiles * WARPGROUP_ROWS**2 // LINE, LINE]),
-            **({"additions": additions} if in_two else {}),
+            **order,
             "heads_beside": None if packed else _heads_beside(problem, config, additions is not None),
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),
@@ -184,8 +192,28 @@ def _configured(problem: AttentionProblem) -> BackwardConfig:
 
 
 def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
-    """Whether a third warpgroup makes dQ, as the configuration prefers."""
-    return config.three and not problem.deterministic and problem.dtype == torch.bfloat16
+    """Whether a third warpgroup makes dQ of what two hand on, as the configuration prefers."""
+    return config.three and problem.dtype == torch.bfloat16
+
+
+def _finishes(problem: AttentionProblem, config: BackwardConfig, additions: torch.Tensor | None) -> bool:
+    """Whether the last one to add to a tile of dQ writes it to its place, and no launch more is needed.
+
+    It takes a third warpgroup, an order in which the first key tile is the last one for all query tiles, and
+    that no query tile is left out.
+    """
+    offset = problem.seqlen_k - problem.seqlen_q
+    all_see_keys = problem.seqlen_k > 0 and (problem.window_right < 0 or offset + problem.window_right >= 0)
+    in_order = additions is not None and _in_three(problem, config)
+    return in_order and not problem.packed and problem.window_left < 0 and all_see_keys
+
+
+def _in_order_by_three(
+    additions: torch.Tensor | None, dq_acc: torch.Tensor, dq: torch.Tensor | None
+) -> dict[str, Any]:
+    """What lets three warpgroups add in a fixed order, and finish ``dq``."""
+    part = None if dq is None else tile_descriptor(dq, WARPGROUP_ROWS, WARPGROUP_ROWS, False)
+    return {"additions": additions, "dq_part0": part, "dq_acc": None if dq is None else dq_acc}
 
 
 def _heads_beside(problem: AttentionProblem, config: BackwardConfig, in_order: bool) -> int:

@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, backward_work, barriers, ring, work
+from . import backward_tiles, barriers, ring, work
 from .backward_third import ALL, SLOTS, make_dq
 from .backward_tiles import ROWS, THREADS
 
@@ -71,11 +71,12 @@ def hopper_backward_relay_kernel(
     room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     exchange = gl.allocate_shared_memory(dk_part0.dtype, [SLOTS, BLOCK_N, BLOCK_M], SWIZZLED)
-    staging = gl.allocate_shared_memory(gl.float32, [1] + dq_acc_part0.block_shape, dq_acc_part0.layout)
+    staging = gl.allocate_shared_memory(dk_part0.dtype, [1, 2 * ROWS, ROWS], SWIZZLED)
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        exchange, staging, dk_part0, dv_part0, dq_acc_part0, None, heads_beside, rows_padded,
+        exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, heads_beside,
+        rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
@@ -83,7 +84,7 @@ def hopper_backward_relay_kernel(
         [
             (_make_dv, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
             (_make_dk, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (make_dq, (operands, parts, 1, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (make_dq, (operands, parts, 1, 1.0, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
         ],
         [4, 4],
         [200, 96],
@@ -97,8 +98,7 @@ def _make_dv(
     """The first warpgroup: weigh each query tile, hand the weights on, and sum up dV."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     for member in range(call.group):
@@ -173,8 +173,7 @@ def _make_dk(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     call = operands.call
     queries, douts = operands.queries, operands.douts
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     steps = call.group * sweep.count
     v = ring.matrix(operands.v, BLOCK_N, WIDTH)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)

@@ -6,6 +6,8 @@ unit add them up in memory. Between its products it refills the stages that the 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import backward_tiles, backward_work, barriers, ring
+from . import backward_tiles, backward_work, barriers, order, ring
 from .backward_tiles import ROWS, THREADS
-from .compat import tma_add
+from .compat import reinterpret, tma_add, tma_store
 
 SLOTS = gl.constexpr(2)
 """Of the exchange."""
@@ -27,29 +29,73 @@ ALL = gl.constexpr(384)
 """Threads of the three warpgroups."""
 
 
+class Handover(NamedTuple):
+    """Barriers about each place of the staging memory, between who fills it and the warp that sends from it.
+
+    Fields:
+        full: a phase of it ends when a tile is there.
+        empty: a phase of it ends when the tile has left.
+    """
+
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def make_handover(PLACES: gl.constexpr):
+    """Barriers for empty places."""
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(full.index(place), count=1)
+        mbarrier.init(empty.index(place), count=1)
+    return Handover(full, empty)
+
+
 @gluon.jit
 def make_dq(
-    operands, parts, HANDING_ON: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr,
+    operands, parts, HANDING_ON: gl.constexpr, LOWER: gl.constexpr, WIDTH: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr,
 ):  # fmt: skip
-    """Fetch the key tile, and query tiles as stages become free; add up dQ.
+    """Fetch the key tile, and query tiles as stages become free; make dQ.
 
     Args:
-        parts: the descriptors of q, k, v, dout, lse and delta.
+        parts: the descriptors of q, k, v, dout, lse and -delta.
         HANDING_ON: how many warpgroups write into each slot; each waits for the slots by a barrier of its
             own, ``SLOT_FREE`` the first and ``SLOT_FREE_TOO`` the second.
+        LOWER: what dS has to be multiplied by, besides softmax_scale.
     """
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    ACROSS: gl.constexpr = WIDTH // ROWS
-    PARTS: gl.constexpr = BLOCK_M // ROWS * ACROSS
-    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0]
-    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
-    PLACES: gl.constexpr = operands.staging.shape[0]
-    HANDED: gl.constexpr = (HANDING_ON + 1) * 128
-    call = operands.call
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
-    steps = call.group * sweep.count
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    steps = operands.call.group * sweep.count
+    _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, STAGES, PADDING)
+    mbarrier.wait(operands.k_full, 0, pred=steps > 0)
+    if operands.dq is None:
+        for step in range(steps):
+            _make_tiles(
+                operands, parts, tile, sweep, step, steps, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                PADDING, False,
+            )  # fmt: skip
+    elif tile.first_key == 0:
+        # Nobody adds after the first key tile.
+        for step in range(steps):
+            _make_tiles(
+                operands, parts, tile, sweep, step, steps, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                PADDING, True,
+            )  # fmt: skip
+    else:
+        for step in range(steps):
+            _make_tiles(
+                operands, parts, tile, sweep, step, steps, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                PADDING, False,
+            )  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _fetch_first(
+    operands, parts, tile, sweep, steps, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr
+):
+    """Fetch the key tile, and as many query tiles as there is room for."""
     for step in range(gl.minimum(steps, STAGES)):
         if step == 0:
             backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
@@ -61,38 +107,156 @@ def make_dq(
         backward_tiles.fill(
             operands, operands.douts, parts[3], parts[5], tile, sweep, step, BLOCK_M, STAGES, PADDING
         )
+
+
+@gluon.jit
+def _make_tiles(
+    operands, parts, tile, sweep, step, steps, HANDING_ON: gl.constexpr, LOWER: gl.constexpr,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
+    """Make all of dQ of a step, 64 x 64 at a time, and have it added, or written if this is the ``LAST``."""
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    HANDED: gl.constexpr = (HANDING_ON + 1) * 128
+    ACROSS: gl.constexpr = WIDTH // ROWS
+    PARTS: gl.constexpr = BLOCK_M // ROWS * ACROSS
+    PLACES: gl.constexpr = operands.staging.shape[0]
+    call = operands.call
+    slot, stage, later = step % SLOTS, step % STAGES, step + STAGES
+    head = tile.head_k * call.group + step // sweep.count
+    first_query = sweep.start + step % sweep.count * BLOCK_M
+    position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
     k = ring.matrix(operands.k, BLOCK_N, WIDTH)
-    no_dq = gl.zeros([ROWS, ROWS], gl.float32, DQ)
-    mbarrier.wait(operands.k_full, 0, pred=steps > 0)
+    ds = operands.exchange.index(slot)
+    if LAST:
+        before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+        counter = operands.additions + position // ROWS
+        order.wait_for(counter, before)
+    barriers.meet(barriers.GRADIENTS_THERE + slot, HANDED)
+    for part in gl.static_range(PARTS):
+        dq = gl.zeros([ROWS, ROWS], gl.float32, DQ)
+        if LAST:
+            if part > 0 and part % ACROSS == 0:
+                order.wait_for(counter + part // ACROSS, before)
+            start = position.to(gl.int64) * WIDTH + part * ROWS * ROWS
+            dq = _sums(operands, start, before > 0, dq)
+        left = ds.slice(part // ACROSS * ROWS, ROWS, 1).permute([1, 0])
+        right = k.slice(part % ACROSS * ROWS, ROWS, 1)
+        dq = warpgroup_mma(left, right, dq, use_acc=LAST, is_async=True)
+        if part == 0 and later < steps:
+            barriers.meet(barriers.DOUTS_FREE + stage, ALL)
+            backward_tiles.fill(
+                operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
+            )
+        dq = warpgroup_mma_wait(0, [dq])
+        if part == PARTS - 1:
+            barriers.arrive(barriers.SLOT_FREE + slot, THREADS)
+            if HANDING_ON == 2:
+                barriers.arrive(barriers.SLOT_FREE_TOO + slot, THREADS)
+        place = operands.staging.index(part % PLACES)
+        if LAST:
+            row = first_query + part // ACROSS * ROWS
+            dq = dq * (operands.score.scale * LOWER)
+            _write(operands.dq, place, dq, [tile.q_batch, head, row, part % ACROSS * ROWS], PLACES)
+        elif operands.handover is not None:
+            turn = step * (PARTS // PLACES) + part // PLACES
+            _hand_over(operands, place, dq, part % PLACES, turn)
+        else:
+            _add(operands, place, dq, _line_of(operands, position, part, WIDTH), PLACES)
+    if later < steps:
+        barriers.meet(barriers.QUERIES_FREE + stage, ALL)
+        backward_tiles.fill(
+            operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
+        )
+
+
+@gluon.jit
+def send_dq(
+    PLACE: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    PADDING: gl.constexpr,
+):  # fmt: skip
+    """Have the TMA unit add the tiles of dQ that come to one place, in their order; for a warp by itself."""
+    ACROSS: gl.constexpr = WIDTH // ROWS
+    PARTS: gl.constexpr = BLOCK_M // ROWS * ACROSS
+    PLACES: gl.constexpr = operands.staging.shape[0]
+    call = operands.call
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    steps = call.group * sweep.count
+    if operands.dq is not None:
+        steps = gl.where(tile.first_key == 0, 0, steps)
+    lines = _as_lines(operands, operands.staging.index(PLACE))
     for step in range(steps):
-        slot, stage, later = step % SLOTS, step % STAGES, step + STAGES
         head = tile.head_k * call.group + step // sweep.count
         first_query = sweep.start + step % sweep.count * BLOCK_M
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-        barriers.meet(barriers.GRADIENTS_THERE + slot, HANDED)
-        ds = operands.exchange.index(slot)
-        for part in gl.static_range(PARTS):
-            rows = ds.slice(part // ACROSS * ROWS, ROWS, 1).permute([1, 0])
-            columns = k.slice(part % ACROSS * ROWS, ROWS, 1)
-            dq = warpgroup_mma(rows, columns, no_dq, use_acc=False, is_async=True)
-            if part == 0 and later < steps:
-                barriers.meet(barriers.DOUTS_FREE + stage, ALL)
-                backward_tiles.fill(
-                    operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
-                )
-            dq = warpgroup_mma_wait(0, [dq])
-            if part == PARTS - 1:
-                barriers.arrive(barriers.SLOT_FREE + slot, THREADS)
-                if HANDING_ON == 2:
-                    barriers.arrive(barriers.SLOT_FREE_TOO + slot, THREADS)
-            place = operands.staging.index(part % PLACES)
-            tma.store_wait(PLACES - 1)  # what was sent from there before
-            place.store(backward_tiles.as_registers_hold_it(dq))
-            fence_async_shared()
-            tma_add(operands.dq_acc, [position // (LINE // WIDTH) + part * HEIGHT, 0], place)
-        if later < steps:
-            barriers.meet(barriers.QUERIES_FREE + stage, ALL)
-            backward_tiles.fill(
-                operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
-            )
-    tma.store_wait(0)
+        # Rows of 64 have a counter each, and no two places have parts of the same rows.
+        counter = operands.additions + position // ROWS + PLACE // ACROSS
+        before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+        order.wait_for(counter, before)
+        for part in gl.static_range(PLACE, PARTS, PLACES):
+            turn = step * (PARTS // PLACES) + part // PLACES
+            mbarrier.wait(operands.handover.full.index(PLACE), turn & 1)
+            coordinates = [_line_of(operands, position, part, WIDTH), 0]
+            if before == 0:
+                tma_store(operands.dq_acc, coordinates, lines)
+            else:
+                tma_add(operands.dq_acc, coordinates, lines)
+            tma.store_wait(0)
+            mbarrier.arrive(operands.handover.empty.index(PLACE))
+        order.count_when_added(counter)
+
+
+@gluon.jit
+def _line_of(operands, position, part: gl.constexpr, WIDTH: gl.constexpr):
+    """The first line of a part of dQ in ``dq_acc``."""
+    HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0]
+    LINE: gl.constexpr = operands.dq_acc.block_shape[1]
+    return position // (LINE // WIDTH) + part * HEIGHT
+
+
+@gluon.jit
+def _as_lines(operands, place):
+    """A place of the staging memory as what is added to ``dq_acc``."""
+    return reinterpret(place, gl.float32, operands.dq_acc.block_shape, operands.dq_acc.layout)
+
+
+@gluon.jit
+def _hand_over(operands, place, dq, PLACE: gl.constexpr, turn):
+    """Leave a tile of dQ to the warp that sends it, once the one before has left."""
+    mbarrier.wait(operands.handover.empty.index(PLACE), (turn & 1) ^ 1)
+    _as_lines(operands, place).store(backward_tiles.as_registers_hold_it(dq))
+    fence_async_shared()
+    mbarrier.arrive(operands.handover.full.index(PLACE))
+
+
+@gluon.jit
+def _add(operands, place, dq, line, PLACES: gl.constexpr):
+    """Have the TMA unit add a tile of dQ to those of other key tiles."""
+    lines = _as_lines(operands, place)
+    tma.store_wait(PLACES - 1)  # what was sent from there before
+    lines.store(backward_tiles.as_registers_hold_it(dq))
+    fence_async_shared()
+    tma_add(operands.dq_acc, [line, 0], lines)
+
+
+@gluon.jit
+def _write(dq_part0, place, dq, coordinates, PLACES: gl.constexpr):
+    """Round a finished tile of dQ, and start its way to memory."""
+    tile = reinterpret(place, dq_part0.dtype, dq_part0.block_shape, dq_part0.layout)
+    tma.store_wait(PLACES - 1)  # what was sent from there before
+    ring.matrix(tile, ROWS, ROWS).store(dq.to(dq_part0.dtype))
+    fence_async_shared()
+    tma_store(dq_part0, coordinates, tile)
+
+
+@gluon.jit
+def _sums(operands, start, there, zeros):
+    """What other key tiles have added to a tile of dQ, to go on from; zeros unless ``there``."""
+    LINES: gl.constexpr = backward_tiles.as_registers_hold_it(zeros).type.layout
+    line = gl.arange(0, 16, gl.SliceLayout(1, LINES))[:, None]
+    number = gl.arange(0, 256, gl.SliceLayout(0, LINES))[None, :]
+    # They were added in the L2 cache. No other cache may answer.
+    sums = gl.load(
+        operands.dq_sums + start + line * 256 + number, mask=there, other=0.0, cache_modifier=".cg"
+    )
+    return gl.convert_layout(backward_tiles.as_matrix(sums), zeros.type.layout, assert_trivial=True)

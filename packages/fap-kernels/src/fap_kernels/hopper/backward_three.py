@@ -44,8 +44,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, backward_work, barriers, pairs, ring, work
-from .backward_third import ALL, SLOTS, make_dq
+from . import backward_tiles, barriers, pairs, ring, work
+from .backward_third import ALL, SLOTS, make_dq, make_handover, send_dq
 from .backward_tiles import ROWS, THREADS
 from .config import LIFT
 
@@ -55,14 +55,17 @@ LOWER = gl.constexpr(2.0**-LIFT)
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_three_kernel(
-    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
-    heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0,
+    dq_part0, dq_acc_part0, dq_acc, additions, heads_beside, rows_padded, alibi_slopes, alibi_stride,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
+
+    ``dq_acc`` and ``additions`` are as in :mod:`fap_kernels.hopper.backward`. Only where all add in the same
+    order may there be ``dq``: then whoever is last to add to a tile writes it there instead, finished.
 
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
     """
@@ -74,23 +77,40 @@ def hopper_backward_three_kernel(
     room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     exchange = gl.allocate_shared_memory(dk_part0.dtype, [SLOTS, BLOCK_N, BLOCK_M], SWIZZLED)
-    staging = gl.allocate_shared_memory(gl.float32, [2] + dq_acc_part0.block_shape, dq_acc_part0.layout)
+    staging = gl.allocate_shared_memory(dk_part0.dtype, [2, 2 * ROWS, ROWS], SWIZZLED)
+    handover = None
+    if additions is not None:
+        handover = make_handover(2)
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        exchange, staging, dk_part0, dv_part0, dq_acc_part0, None, heads_beside, rows_padded,
+        exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0, handover, dq_acc, additions,
+        heads_beside, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
-    gl.warp_specialize(
-        [
-            (_make_dk_dv, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_make_dk_dv, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (make_dq, (operands, parts, 2, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
-        ],
-        [4, 4],
-        [216, 72],
-    )
+    if additions is None:
+        gl.warp_specialize(
+            [
+                (_make_dk_dv, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_make_dk_dv, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (make_dq, (operands, parts, 2, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            ],
+            [4, 4],
+            [216, 72],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_make_dk_dv, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_make_dk_dv, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (make_dq, (operands, parts, 2, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+                (send_dq, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+                (send_dq, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+            ],
+            [4, 4, 1, 1],
+            [208, 72, 24, 24],
+        )
 
 
 @gluon.jit
@@ -101,8 +121,7 @@ def _make_dk_dv(
     """Compute the gradients of 64 keys and values, and hand dS on."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, False)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)

@@ -28,8 +28,12 @@ class Operands(NamedTuple):
         k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
             its rows. Its gradients leave through here.
         exchange: dS of two steps, keys by queries.
-        staging: a tile of dQ of two steps, as registers hold it. Each warpgroup has half of it.
+        staging: a tile of dQ of two steps, as registers hold it, of which each warpgroup has half. A third
+            warpgroup has it to itself, for tiles of 64 x 64.
         dk, dv, dq_acc: descriptors of the results.
+        handover: where tiles of dQ are handed to warps that send them, else None.
+        dq, dq_sums: where the last one to add rounds what has come together, ``dq_acc`` by address, and the
+            descriptor of dQ; else None.
         additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
         heads_beside: key heads worked on side by side; None for packed sequences.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
@@ -48,7 +52,10 @@ class Operands(NamedTuple):
     staging: Any
     dk: Any
     dv: Any
+    dq: Any
     dq_acc: Any
+    handover: Any
+    dq_sums: Any
     additions: Any
     heads_beside: Any
     rows_padded: Any
@@ -78,6 +85,17 @@ def make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, ST
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
     return Tiles(queries, douts, k, v, k_full, v_full)
+
+
+@gluon.jit
+def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The program's key tile, and its sweep."""
+    call = operands.call
+    # In a fixed order, a head's last key tile adds first: under a causal mask it starts at later queries than
+    # the others, and is always ahead of them.
+    LAST_FIRST: gl.constexpr = operands.additions is not None
+    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, LAST_FIRST)
+    return tile, backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
 
 
 @gluon.jit
@@ -135,6 +153,12 @@ def as_registers_hold_it(dq):
     # Rows: warp, half, row of a quad. Columns: group of eight, lane of a quad, neighbour.
     parts = dq.reshape([4, 2, 8, 8, 4, 2])
     return parts.permute([3, 0, 2, 4, 1, 5]).reshape([16, 256])
+
+
+@gluon.jit
+def as_matrix(lines):
+    """What :func:`as_registers_hold_it` made of a 64 x 64 tile, as this tile again."""
+    return lines.reshape([8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([ROWS, ROWS])
 
 
 @gluon.jit

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unwrap
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["tma_add", "tma_load", "tma_store"]
+__all__ = ["reinterpret", "tma_add", "tma_load", "tma_store"]
 
 # Triton 3.9 renamed both, and keeps the old names only to say so.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -26,3 +27,10 @@ def _tma_add(descriptor: Any, coordinates: Any, tile: Any, _semantic: Any = None
 
 # Up to Triton 3.7 the compiler has it, but Gluon does not offer it.
 tma_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_add
+
+
+@builtin
+def reinterpret(tile: Any, dtype: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The same shared memory, or the beginning of it, as a tile of another kind."""
+    dtype, shape, layout = unwrap(dtype), [unwrap(side) for side in shape], unwrap(layout)
+    return _semantic.memdesc_reinterpret(tile, dtype, shape, layout)

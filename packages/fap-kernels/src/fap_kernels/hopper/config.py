@@ -111,10 +111,10 @@ class BackwardConfig:
         block_m: queries in a tile. A warpgroup's half of a tile of dQ is 64 x 64, so 8192 / width, and 64 of
             256 columns.
         stages: tiles of queries, and of the output's gradient, that are fetched ahead; at most two.
-        three: let a third warpgroup make dQ, and fetch, where tensors are bfloat16 and nobody has asked for
-            the same bits on every run; for width 64.
-        ordered: else let key tiles add to dQ one after the other, though nobody has asked for it: then no
-            memory need be zeroed before, which counts where sequences are short.
+        ordered: let key tiles add to dQ one after the other, though nobody has asked for the same bits on
+            every run: then no memory need be zeroed before, nor, with a third warpgroup, dQ be brought to its
+            place after, which counts where sequences are short.
+        three: let a third warpgroup make dQ, and fetch, where tensors are bfloat16; for width 64.
     """
 
     width: int
@@ -329,9 +329,9 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
     HopperRow(head_dim=64, windowed=True, config=BACKWARD_64,
               why="at 8k 1.27 of the portable kernels' speed with 1024 keys, 1.05 with 256"),
     HopperRow(head_dim=64, packed=False, bounded=False, seqlen_below=1024, config=ORDERED_64,
-              why="298 at 512; two warpgroups 282, in order 292"),
+              why="308 at 512; free order 294, two warpgroups 282, in order 297"),
     HopperRow(head_dim=64, packed=False, bounded=True, seqlen_below=4096, config=ORDERED_64,
-              why="causal: 178 at 512, 379 at 2k; two warpgroups 170, 348, in order 177, 361"),
+              why="causal: 177 at 512, 392 at 2k; free order 163, 387, two warpgroups in order 168, 374"),
     HopperRow(head_dim=64, bounded=False, config=BACKWARD_64,
               why="474 at 2k, 558 at 8k, 551 at 16k; two warpgroups 427, 474, 485; d40 1.74 of portable"),
     HopperRow(head_dim=64, seqlen_from=1024, config=BACKWARD_64,

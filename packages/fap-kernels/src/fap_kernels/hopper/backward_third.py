@@ -1,7 +1,8 @@
 """The third warpgroup of the Hopper backward: it makes dQ of what the other two hand on, and fetches.
 
 It multiplies dS, which comes in a slot of the exchange, by the keys, in tiles of 64 x 64, and has the TMA
-unit add them up in memory. Between its products it refills the stages that the others have given back.
+unit add them up in memory, by itself or, where the order is fixed, by other warps. Between its products it
+refills the stages that the others have given back.
 """
 
 from __future__ import annotations

@@ -24,6 +24,10 @@ step, to make dQ of each other's dS. Here they hand dS on, and never wait for ea
 The third warpgroup is also the fetcher: ``fap_kernels.hopper.backward_third``. It waits for a step of the
 other two, and they for a slot, or a stage, of two steps ago: so no circle can close.
 
+Where all programs add to dQ in a fixed order (``fap_kernels.hopper.order``) two more warps send its tiles,
+each from a place of its own, so that only they wait for the turn. The first key tile has the last turn
+everywhere: there the third warpgroup itself waits, goes on from the sum, and writes dQ to its place.
+
 S is there before dP starts, or both would need registers at once. While one warpgroup weighs, the other two
 multiply. For want of registers, too, the weights wait for dP as float16, ``2**LIFT`` times as large. That is
 exact enough for gradients in bfloat16, of which it changes the last bit now and then; in float16 their error

@@ -135,7 +135,8 @@ def _candidates(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:
 def _reached(row: Any, variant: Variant) -> tuple[Any, ...]:
     """The row, and what of a call makes another kernel of it; of the two kinds of windows one will do."""
     if variant.deterministic:
-        return row.config, "deterministic"
+        finishes = variant.mask in ("full", "causal") and not variant.packed
+        return row.config, "deterministic", variant.dtype, finishes
     return row, "bounded" if variant.mask in ("window", "left") else variant.mask
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -41,9 +42,18 @@ class Kernel:
         return launch
 
 
+@dataclass
+class Descriptor:
+    """What is seen of Triton's."""
+
+    base: torch.Tensor
+    block_shape: list[int]
+
+
 @pytest.fixture(autouse=True)
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_call, "_met", set())
+    monkeypatch.setattr(first_call, "interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
@@ -74,6 +84,15 @@ def test_a_kernel_is_new_by_what_it_is_compiled_for() -> None:
     assert (len(one.compiled), len(other.compiled)) == (3, 3)
 
 
+def test_what_a_descriptor_fetches_tells_kernels_apart() -> None:
+    alone = threading.Barrier(1)
+    one, other = Kernel(alone), Kernel(alone)
+    for dtype, rows in ((torch.bfloat16, 64), (torch.float16, 64), (torch.float16, 128), (torch.float16, 64)):
+        part = Descriptor(torch.zeros(4, dtype=dtype), [1, rows])
+        run_all([launch_of(one, part0=part), launch_of(other, part0=part)], GPU)
+    assert (len(one.compiled), len(other.compiled)) == (3, 3)
+
+
 def test_one_new_kernel_is_left_to_its_launch() -> None:
     kernel, absent = Kernel(threading.Barrier(1)), Kernel(threading.Barrier(1))
     assert run_all([launch_of(kernel), launch_of(absent, programs=0)], GPU) == ["what Triton compiled", None]
@@ -88,8 +107,10 @@ def test_an_error_of_the_compiler_reaches_the_caller() -> None:
         run_all(launches, GPU)
 
 
-def test_the_interpreter_compiles_nothing() -> None:
+@pytest.mark.parametrize("device", [torch.device("cpu"), GPU], ids=str)
+def test_the_interpreter_compiles_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_call, "interpreting", lambda: True)
     kernels = [Kernel(threading.Barrier(1)), Kernel(threading.Barrier(1))]
-    run_all([launch_of(kernel) for kernel in kernels], torch.device("cpu"))
+    run_all([launch_of(kernel) for kernel in kernels], device)
     assert [kernel.compiled for kernel in kernels] == [[], []]
     assert [kernel.launched for kernel in kernels] == [[3], [3]]

@@ -29,7 +29,7 @@ def inputs_of(**call: Any) -> BackwardInputs:
 
 
 def launches_of(config: BackwardConfig | None = None, **call: Any) -> list[Launch]:
-    """The three launches of a call."""
+    """The launches of a call: delta, the gradients and, but where those finish it, dQ."""
     problem, inputs = describe(**call)[0], inputs_of(**call)
     q, dk, dv = inputs.q, torch.empty_like(inputs.k), torch.empty_like(inputs.v)
     lse = torch.empty(1, problem.nheads, q.shape[1])
@@ -160,6 +160,9 @@ def test_what_surrounds_it_compiles() -> None:
         ({}, 2),
         ({"causal": True, "seqlen_q": 100}, 2),
         ({"causal": True, "seqlen_q": 257}, 3),  # the first query sees no key
+        ({"window_size": (-1, 200), "seqlen_q": 257}, 2),
+        ({"window_size": (-1, 1), "seqlen_q": 257}, 2),
+        ({"window_size": (-1, 1), "seqlen_q": 258}, 3),
         ({"window_size": (9, 0)}, 3),  # the first key tile is not the last one for all query tiles
         ({"packed": True}, 3),
         ({"dtype": torch.float16}, 3),

@@ -94,6 +94,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"causal": True},
     {"window_size": (90, 30)},
     {"window_size": (70, -1)},
+    {"window_size": (-1, 40)},
     {"softcap": 4.0, "causal": True},
     {"alibi": True, "window_size": (200, 30), "softcap": 20.0},
 )
@@ -209,7 +210,9 @@ def test_a_fixed_order_gives_equal_gradients_on_250_runs(head_dim: int, causal: 
             assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize(("head_dim", "deterministic"), [(128, False), (128, True), (256, False)])
+@pytest.mark.parametrize(
+    ("head_dim", "deterministic"), [(64, False), (64, True), (128, False), (128, True), (256, False)]
+)
 def test_a_graph_starts_from_zero_when_it_is_replayed(head_dim: int, deterministic: bool) -> None:
     q, k, v, dout = draw(1, 700, 900, 4, 2, head_dim)
     out, lse, *right = attention_reference_gradients(q, k, v, dout.double())

@@ -188,31 +188,36 @@ def test_all_add_to_a_query_tile_in_order_and_wait_for_earlier_programs(seed: in
 
 @pytest.mark.parametrize("resident", [1, 2, 7])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_few_programs_at_a_time_add_everything(seed: int, resident: int) -> None:
-    """The protocol: two warps a program send tiles, each in its own order; any one that can go on does."""
+@pytest.mark.parametrize("warps", [1, 2])
+def test_a_few_programs_at_a_time_add_everything(warps: int, seed: int, resident: int) -> None:
+    """The protocol: warps of a program send tiles, each in its own order; any one that can go on does.
+
+    Two share them, or, of the rows that are its own, one sends all, as also the last to add goes from tile to
+    tile.
+    """
     drawn = draw(seed)._replace(last_first=True)
     found, waits = programs(*drawn)
     additions: dict[tuple[int, ...], int] = {}
     rng = random.Random(seed)
-    # The query tiles that each of a program's two warps has yet to send, and what they wait for.
+    # The query tiles that each of a program's warps has yet to send, and what they wait for.
     left = [
         [
             [
                 ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
                 for member in range(drawn.group)
                 for number in range(row[10])
-            ][warp::2]
-            for warp in range(2)
+            ][warp::warps]
+            for warp in range(warps)
         ]
         for index, row in enumerate(found)
     ]
     running: list[list[Any]] = []
-    while left or any(any(warps) for warps in running):
-        running = [warps for warps in running if any(warps)]
+    while left or any(any(sent) for sent in running):
+        running = [sent for sent in running if any(sent)]
         while left and len(running) < resident:
             running.append(left.pop(0))
         able = [
-            warp for warps in running for warp in warps if warp and additions.get(warp[0][0], 0) >= warp[0][1]
+            warp for sent in running for warp in sent if warp and additions.get(warp[0][0], 0) >= warp[0][1]
         ]
         assert able or not any(any(warps) for warps in running), "all wait for each other"
         if able:

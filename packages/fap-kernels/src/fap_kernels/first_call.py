@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .target import interpreting
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
@@ -27,7 +29,8 @@ def run_all(launches: Sequence[Launch], device: torch.device) -> list[Any]:
     Returns:
         For each what Triton compiled, None if nothing ran.
     """
-    if device.type == "cuda":
+    # The interpreter compiles nothing, not even for tensors of a GPU, which it copies.
+    if device.type == "cuda" and not interpreting():
         _compile_new(launches, device)
     return [launch.run(device) for launch in launches]
 
@@ -54,8 +57,15 @@ def _code(launch: Launch) -> Hashable:
     Triton also looks at whether numbers and addresses are multiples of 16. Where that alone is new, kernels
     are compiled one after the other.
     """
-    kinds = [
-        value if name.isupper() else value.dtype if isinstance(value, torch.Tensor) else type(value)
-        for name, value in launch.arguments.items()
-    ]
+    kinds = [value if name.isupper() else _kind(value) for name, value in launch.arguments.items()]
     return launch.kernel, launch.num_warps, launch.maxnreg, *kinds
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    # As fap_kernels.direct.is_descriptor does, without Triton, which need not be there yet.
+    base = getattr(value, "base", None)
+    if isinstance(base, torch.Tensor):
+        return base.dtype, tuple(value.block_shape)
+    return type(value)

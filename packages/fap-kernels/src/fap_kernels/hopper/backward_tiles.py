@@ -32,8 +32,7 @@ class Operands(NamedTuple):
             warpgroup has it to itself, for tiles of 64 x 64.
         dk, dv, dq_acc: descriptors of the results.
         handover: where tiles of dQ are handed to warps that send them, else None.
-        dq, dq_sums: where the last one to add rounds what has come together, ``dq_acc`` by address, and the
-            descriptor of dQ; else None.
+        dq, dq_sums: where the last one to add finishes dQ, its descriptor and the address of ``dq_acc``.
         additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
         heads_beside: key heads worked on side by side; None for packed sequences.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.

@@ -123,6 +123,12 @@ class BackwardConfig:
     ordered: bool = False
     three: bool = False
 
+    def __post_init__(self) -> None:
+        if self.three and (self.width, self.block_m) != (64, 128):
+            raise ValueError(
+                f"three warpgroups take 64 columns and 128 queries, got {self.width} and {self.block_m}"
+            )
+
     @property
     def relay(self) -> bool:
         """Whether three warpgroups make a gradient each, since two cannot hold two gradients each."""
@@ -322,8 +328,10 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="d32 in float16: the portable kernels are faster: by 1.1 at 4k, causal 1.27"),
     HopperRow(head_dim=32, bounded=True, seqlen_below=8192, config=BACKWARD_64, by_default=False,
               why="d32, causal: the portable kernels are faster: by 1.02 at 4k"),
-    HopperRow(head_dim=32, config=BACKWARD_64,
+    HopperRow(head_dim=32, plain=True, windowed=False, packed=False, config=BACKWARD_64,
               why="d32: 1.08 of the portable kernels' speed at 4k, causal 1.09 at 16k"),
+    HopperRow(head_dim=32, config=BACKWARD_64, by_default=False,
+              why="d32 with options, or packed, is not measured"),
     HopperRow(head_dim=64, plain=False, config=BACKWARD_64,
               why="with softcap 1.57 of the portable kernels' speed at 4k, causal 1.29"),
     HopperRow(head_dim=64, windowed=True, config=BACKWARD_64,

@@ -5,8 +5,8 @@ its own are, adds, waits until its own addition has arrived, and counts it. A pr
 smaller number alone: the hardware has started them before it, so that one of them can always go on.
 
 The TMA unit adds. PTX calls what it does the asynchronous proxy: an addition that is known to be complete is
-visible to the thread that waited for it, and so to whoever sees that thread count (release and acquire); but
-between seeing the count and having the TMA unit add, a fence must stand.
+visible to the thread that waited for it, and so to whoever sees that thread count (release and acquire). The
+last one may read the sum then; but between seeing the count and having the TMA unit add, a fence must stand.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ mov.u32 $0, 0;
 
 @builtin
 def wait_for(counter: Any, additions: Any, _semantic: Any = None) -> None:
-    """Wait until the int32 at address ``counter`` says that so many additions are done; for a single warp."""
+    """Wait until the int32 at address ``counter`` says that so many additions are done."""
     additions = _semantic.to_tensor(additions).handle
     _assemble(_WAIT, "=r,l,r", [_address(counter, _semantic), additions], _semantic)
 

@@ -62,7 +62,7 @@ def no_sooner_than(pairs, numbers, zero):
 
     Args:
         zero: 0.0, come by in such a way that no compiler knows it. The numbers become those plus 0 times the
-            pairs, read as float32.
+            pairs, read as float32; so what is not finite in a pair makes both of its numbers NaN.
     """
     LAYOUT: gl.constexpr = numbers.type.layout
     even, odd = _split(numbers)

@@ -2,9 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Make Triton's interpreter faster where it runs the kernels of this process."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        try:
+            from triton.runtime import interpreter
+        except ImportError:  # the kernels are tested where Triton is
+            return
+        _patch_the_language_once_a_launch(interpreter)
+        _omit_assertions_that_are_off(interpreter.interpreter_builder)
+
+
+def _patch_the_language_once_a_launch(interpreter) -> None:
+    """Spare the interpreter what takes it a third of the time: to look through its language again and again.
+
+    It puts its own functions in place of those of triton.language at the start of a launch, and again at
+    every call of a device function, where nothing is left to replace.
+    """
+    language, patch, launch = interpreter.tl, interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    @functools.cache
+    def modules_of(fn) -> frozenset[str]:
+        modules = {"language": language, "core": language.core}
+        seen = list(fn.__globals__.values())
+        return frozenset(name for name, module in modules.items() if any(x is module for x in seen))
+
+    def patch_what_is_not(fn):
+        if modules_of(fn) and modules_of(fn) <= patched:
+            return None
+        patched.update(modules_of(fn))
+        return patch(fn)
+
+    def launch_afresh(*arguments, **options):
+        patched.clear()
+        try:
+            return launch(*arguments, **options)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_what_is_not, launch_afresh
+
+
+def _omit_assertions_that_are_off(builder) -> None:
+    """Spare it another third: to compute sums and products again for an assertion that it then leaves out.
+
+    Whether a number overflows is asserted by `device_assert`, which does nothing unless `debug` is on.
+    """
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

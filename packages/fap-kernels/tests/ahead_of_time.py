@@ -52,13 +52,26 @@ def compile_launch(launch: Launch, chip: str) -> Compiled:
     source = _source_class(launch.kernel)(
         fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes
     )
+    options = {name: value for name, value in launch.options().items() if name != "launch_pdl"}
+    key = (source.hash(), chip, repr(options))
+    # Tests that look at different sides of one kernel stand close to each other.
+    compiled = _latest.pop(key, None) or _compile(source, chip, options)
+    _latest[key] = compiled
+    if len(_latest) > 64:
+        del _latest[next(iter(_latest))]
+    return compiled
+
+
+_latest: dict[tuple[str, str, str], Compiled] = {}
+
+
+def _compile(source: Any, chip: str, options: dict[str, Any]) -> Compiled:
     with pytest.MonkeyPatch.context() as environment, redirect_stdout(StringIO()) as printed:
         # AMD's code is read as assembly and need not be linked; Triton 3.4 carries no linker of its own.
         environment.setenv("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
         # The assembler's report is only there where it runs, so nothing is taken from Triton's cache.
         environment.setenv("TRITON_DUMP_PTXAS_LOG", "1")
         environment.setenv("TRITON_ALWAYS_COMPILE", "1")
-        options = {name: value for name, value in launch.options().items() if name != "launch_pdl"}
         compiled = triton.compile(source, target=GPU_TARGETS[chip], options=options)
     registers, spills, warnings = _resources(compiled, chip, printed.getvalue())
     assembly = compiled.asm["amdgcn"] if chip.startswith("gfx") else compiled.asm["ptx"]

@@ -34,6 +34,14 @@ def _automatic_choice(monkeypatch):
 
 
 @pytest.fixture
+def interpreted(monkeypatch):
+    """A function that runs a program on a CPU, its kernels in Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return lambda program, **names: exec(compile(program, "<interpreted>", "exec"), names)
+
+
+@pytest.fixture
 def check_selective_checkpointing(monkeypatch):
     """A function that checks that attention, marked to be saved, does not run twice."""
 

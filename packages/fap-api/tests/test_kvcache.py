@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +11,7 @@ from torch.library import opcheck
 
 import fap_api
 from fap_api import _kvcache_ops
-from fap_testing.cases_kvcache import find_kvcache, select_kvcache
+from fap_testing.cases_kvcache import select_kvcache
 from fap_testing.expectation_kvcache import expect_kvcache
 from fap_testing.inputs_kvcache import make_kvcache_inputs
 
@@ -305,15 +302,14 @@ def test_a_write_is_counted():
     assert all(x._version > old for x, old in zip(caches(call), versions, strict=True))
 
 
-# The interpreter has to be chosen before the kernels are imported, hence a process of its own.
 INTERPRETED = """
-import sys, torch
+import torch
 import fap_api
 from fap_testing.cases_kvcache import find_kvcache
 from fap_testing.expectation_kvcache import expect_kvcache
 from fap_testing.inputs_kvcache import make_kvcache_inputs
 
-for name in sys.argv[1:]:
+for name in names:
     inputs = make_kvcache_inputs(find_kvcache(name), dtype=torch.float32)
     before = [x._version for x in (inputs.k_cache, inputs.v_cache)]
     with fap_api.use_backend("triton"):
@@ -324,7 +320,6 @@ for name in sys.argv[1:]:
     inputs.assert_untouched()
     if inputs.k is not None:
         assert all(x._version > old for x, old in zip((inputs.k_cache, inputs.v_cache), before))
-    print(name)
 """
 INTERPRETED_CASES = [
     "combined_leftpad_batch_idx",
@@ -336,19 +331,11 @@ INTERPRETED_CASES = [
 ]
 
 
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run there")
-def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    names = [name for name in INTERPRETED_CASES if find_kvcache(name)]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED, *names],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == names
+def test_triton_in_the_interpreter(interpreted):
+    interpreted(INTERPRETED, names=INTERPRETED_CASES)
 
 
 @pytest.mark.gpu

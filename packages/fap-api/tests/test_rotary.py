@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -356,7 +353,6 @@ def test_the_module_compiles(compile_counter):
     assert compile_counter["unique_graphs"] <= 3
 
 
-# The interpreter has to be chosen before the kernels are imported, hence a process of its own.
 INTERPRETED = """
 import torch, fap_api
 torch.manual_seed(0)
@@ -376,22 +372,14 @@ for shape, options in (
             results.append((y, torch.autograd.grad((y * weights).sum(), leaf)[0]))
     for mine, right in zip(*results):
         torch.testing.assert_close(mine, right)
-print("checked")
 """
 
 
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel runs there")
-def test_the_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "checked"
+def test_the_kernel_in_the_interpreter(interpreted):
+    interpreted(INTERPRETED)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import os
 
 import pytest
@@ -58,6 +59,12 @@ def _omit_assertions_that_are_off(builder) -> None:
     """
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def pytest_collection_finish() -> None:
+    """Keep every garbage collection to come from looking through modules and tests, which stay anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

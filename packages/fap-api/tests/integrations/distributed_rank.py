@@ -1,7 +1,8 @@
-"""One process of test_distributed.py: ``distributed_rank.py RANK WORLD_SIZE STORE cpu|cuda``."""
+"""Processes of test_distributed.py: ``distributed_rank.py RANK[,RANK...] WORLD_SIZE STORE cpu|cuda``."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import traceback
 from contextlib import contextmanager
@@ -243,10 +244,7 @@ def check_torchs_own(mesh, setting):
         assert_near(x, y.detach())
 
 
-def main():
-    rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    setting = SETTINGS[sys.argv[4]]
-    torch.set_num_threads(1)
+def run(rank, world_size, store, setting):
     if setting.device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(setting.group, init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -262,6 +260,20 @@ def main():
     check_torchs_own(mesh, setting)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main():
+    first, *others = map(int, sys.argv[1].split(","))
+    arguments = int(sys.argv[2]), sys.argv[3], SETTINGS[sys.argv[4]]
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork") if others else None
+    processes = [fork.Process(target=run, args=(rank, *arguments), daemon=True) for rank in others]
+    for process in processes:
+        process.start()
+    run(first, *arguments)
+    for process in processes:
+        process.join()
+    sys.exit(any(process.exitcode for process in processes))
 
 
 if __name__ == "__main__":

@@ -33,15 +33,20 @@ EXAMPLES = {
 }
 
 
-def why_not(example):
-    """Return what this environment lacks, or has too much of, for an example."""
+def others_software(example):
+    """Return which of it an example imports."""
     modules = set()
     for node in ast.walk(ast.parse(example)):
         if isinstance(node, ast.Import):
             modules |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module.partition(".")[0])
-    missing = [name for name in sorted(modules & OTHERS_SOFTWARE) if importlib.util.find_spec(name) is None]
+    return sorted(modules & OTHERS_SOFTWARE)
+
+
+def why_not(example):
+    """Return what this environment lacks, or has too much of, for an example."""
+    missing = [name for name in others_software(example) if importlib.util.find_spec(name) is None]
     if missing:
         return f"needs {', '.join(missing)}"
     if "flash_attn_shim" in example and importlib.util.find_spec("flash_attn") is not None:
@@ -51,7 +56,13 @@ def why_not(example):
     return None
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if others_software(example) else pytest.mark.self_contained)
+        for name, example in EXAMPLES.items()
+    ],
+)
 def test_the_examples_run(name, tmp_path):
     if reason := why_not(EXAMPLES[name]):
         pytest.skip(reason)

@@ -169,48 +169,32 @@ def _multiply(
 ):  # fmt: skip
     """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
-    for member in range(call.group):
-        for number in range(sweep.leading):
-            dk, dv = _step(
-                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                True,
-            )  # fmt: skip
-        for number in range(sweep.leading, sweep.unmasked_end):
-            dk, dv = _step(
-                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                False,
-            )  # fmt: skip
-        if call.window_left is not None:
-            for number in range(sweep.unmasked_end, sweep.count):
-                dk, dv = _step(
-                    WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                    True,
-                )  # fmt: skip
+    dk, dv = backward_tiles.sweep_queries(
+        _step, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
+    )
     # Both have retired all their products: the tiles are no longer needed.
     barriers.meet(barriers.EXCHANGE, THREADS)
-    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
-    dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    backward_tiles.store(operands.v, WARPGROUP, dv, dv_rows, tile, WIDTH, BLOCK_N)
-    backward_tiles.store(operands.k, WARPGROUP, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, operands.v, WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N)
+    dk = dk * operands.score.scale
+    backward_tiles.store(operands, operands.k, WARPGROUP, dk, operands.dk, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _step(
-    WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, dk, dv,
+    WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, gradients,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in query tile ``number`` of a head, the ``member``-th of its group; see the module's docstring."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
+    dk, dv = gradients
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     queries, douts = operands.queries, operands.douts

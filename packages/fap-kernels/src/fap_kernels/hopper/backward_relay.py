@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..language import rows, scores
+from ..language import scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, barriers, ring, work
 from .backward_third import ALL, SLOTS, make_dq
@@ -101,32 +101,22 @@ def _make_dv(
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
-    for member in range(call.group):
-        for number in range(sweep.leading):
-            dv = _weigh_step(operands, tile, sweep, member, number, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES, True)
-        for number in range(sweep.leading, sweep.unmasked_end):
-            dv = _weigh_step(
-                operands, tile, sweep, member, number, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES, False
-            )
-        if call.window_left is not None:
-            for number in range(sweep.unmasked_end, sweep.count):
-                dv = _weigh_step(
-                    operands, tile, sweep, member, number, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES, True
-                )
+    dv = backward_tiles.sweep_queries(
+        _weigh_step, 0, operands, tile, sweep, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES
+    )
     steps = call.group * sweep.count
     if steps > 0:
         # With the last slot the second warpgroup has given back the values.
         barriers.meet(barriers.SLOT_FREE + (steps - 1) % SLOTS, THREADS)
-    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
-    dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    backward_tiles.store(operands.v, 0, dv, dv_rows, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, operands.v, 0, dv, operands.dv, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
 @gluon.jit
 def _weigh_step(
-    operands, tile, sweep, member, number, dv, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    _WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, dv,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in query tile ``number`` of a head, the ``member``-th of its group."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -201,7 +191,5 @@ def _make_dk(
         barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
     # It was the last to read the last queries, which the first had to read for their weights.
     place = queries.tiles.index(gl.maximum(steps - 1, 0) % STAGES)
-    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
-    dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    backward_tiles.store(place, 0, dk * operands.score.scale, dk_rows, tile, WIDTH, BLOCK_M)
+    backward_tiles.store(operands, place, 0, dk * operands.score.scale, operands.dk, tile, WIDTH, BLOCK_M)
     tma.store_wait(0)

@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..language import rows, scores
+from ..language import scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, barriers, pairs, ring, work
 from .backward_third import ALL, SLOTS, make_dq, make_handover, send_dq
@@ -130,34 +130,17 @@ def _make_dk_dv(
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
-    for member in range(call.group):
-        for number in range(sweep.leading):
-            dk, dv = _step(
-                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                True,
-            )  # fmt: skip
-        for number in range(sweep.leading, sweep.unmasked_end):
-            dk, dv = _step(
-                WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                False,
-            )  # fmt: skip
-        if call.window_left is not None:
-            for number in range(sweep.unmasked_end, sweep.count):
-                dk, dv = _step(
-                    WARPGROUP, operands, tile, sweep, member, number, dk, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                    True,
-                )  # fmt: skip
-    k_packed = tile.k_start if call.cu_seqlens_k is not None else None
-    dk_rows = rows.Rows(None, None, operands.dk, None, tile.k_batch, k_packed, tile.seqlen_k, None)
-    dv_rows = rows.Rows(None, None, operands.dv, None, tile.k_batch, k_packed, tile.seqlen_k, None)
+    dk, dv = backward_tiles.sweep_queries(
+        _step, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
+    )
     # Nobody else reads the warpgroup's own 64 values.
-    backward_tiles.store(operands.v, WARPGROUP, dv * LOWER, dv_rows, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, operands.v, WARPGROUP, dv * LOWER, operands.dv, tile, WIDTH, BLOCK_N)
     steps = call.group * sweep.count
     if steps > 0:
         # With the last slot the third warpgroup has given back the keys.
         _wait_for_slot(WARPGROUP, steps - 1)
     dk = dk * (operands.score.scale * LOWER)
-    backward_tiles.store(operands.k, WARPGROUP, dk, dk_rows, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, operands.k, WARPGROUP, dk, operands.dk, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
@@ -170,13 +153,14 @@ def _wait_for_slot(WARPGROUP: gl.constexpr, step):
 
 @gluon.jit
 def _step(
-    WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, dk, dv,
+    WARPGROUP: gl.constexpr, operands, tile, sweep, member, number, gradients,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """Take in query tile ``number`` of a head, the ``member``-th of its group; see the module's docstring."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
+    dk, dv = gradients
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     queries, douts = operands.queries, operands.douts
     call = operands.call

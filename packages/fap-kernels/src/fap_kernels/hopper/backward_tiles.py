@@ -98,6 +98,37 @@ def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def sweep_queries(
+    STEP: gl.constexpr, WARPGROUP: gl.constexpr, operands, tile, sweep, gradients, WIDTH: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Take every query tile that sees the keys into the ``gradients``, head after head.
+
+    Args:
+        STEP: the function that takes in one of them, with or without a mask, and returns the gradients.
+        gradients: what a step starts from, zeros at first.
+    """
+    for member in range(operands.call.group):
+        for number in range(sweep.leading):
+            gradients = STEP(
+                WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                True,
+            )  # fmt: skip
+        for number in range(sweep.leading, sweep.unmasked_end):
+            gradients = STEP(
+                WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N, STAGES,
+                False,
+            )  # fmt: skip
+        if operands.call.window_left is not None:
+            for number in range(sweep.unmasked_end, sweep.count):
+                gradients = STEP(
+                    WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
+                    STAGES, True,
+                )  # fmt: skip
+    return gradients
+
+
+@gluon.jit
 def fill_keys(operands, full, place, part, tile):
     """Fetch the tile of keys, or of values, by its descriptor ``part``."""
     packed = tile.k_start if operands.call.cu_seqlens_k is not None else None
@@ -161,14 +192,20 @@ def as_matrix(lines):
 
 
 @gluon.jit
-def store(place_of_all, WARPGROUP: gl.constexpr, acc, rows, tile, WIDTH: gl.constexpr, HEIGHT: gl.constexpr):
+def store(
+    operands, place_of_all, WARPGROUP: gl.constexpr, acc, part, tile, WIDTH: gl.constexpr,
+    HEIGHT: gl.constexpr,
+):  # fmt: skip
     """Round the accumulator of a warpgroup's 64 keys and start its way to memory.
 
     Args:
         place_of_all: a tile of ``HEIGHT`` rows that nobody reads any more, of which 64 are the warpgroup's.
+        part: the descriptor of where they go.
     """
+    packed = tile.k_start if operands.call.cu_seqlens_k is not None else None
+    k_rows = rows.Rows(None, None, part, None, tile.k_batch, packed, tile.seqlen_k, None)
     ROW_DIMENSION: gl.constexpr = len(place_of_all.shape) - 2
     place = place_of_all.slice(WARPGROUP * ROWS, ROWS, ROW_DIMENSION)
-    ring.matrix(place_of_all, HEIGHT, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0).store(acc.to(rows.part0.dtype))
+    ring.matrix(place_of_all, HEIGHT, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0).store(acc.to(part.dtype))
     fence_async_shared()
-    ring.drain(place, rows, tile.head_k, tile.first_key + WARPGROUP * ROWS)
+    ring.drain(place, k_rows, tile.head_k, tile.first_key + WARPGROUP * ROWS)

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from . import work
+from . import ring, work
 
 SLOTS = gl.constexpr(2)
 NUMBERS = gl.constexpr(8)
@@ -37,11 +37,7 @@ def make_board(HEARERS: gl.constexpr):
     """An empty board before ``HEARERS`` warpgroups."""
     single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * NUMBERS, 1], single)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=HEARERS)
+    full, empty = ring.make_barriers(SLOTS, HEARERS)
     return Board(numbers, full, empty)
 
 

@@ -45,11 +45,7 @@ class Handover(NamedTuple):
 @gluon.jit
 def make_handover(PLACES: gl.constexpr):
     """Barriers for empty places."""
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(PLACES):
-        mbarrier.init(full.index(place), count=1)
-        mbarrier.init(empty.index(place), count=1)
+    full, empty = ring.make_barriers(PLACES, 1)
     return Handover(full, empty)
 
 

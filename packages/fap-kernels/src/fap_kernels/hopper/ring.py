@@ -30,12 +30,19 @@ class Ring(NamedTuple):
 def make_ring(like, STAGES: gl.constexpr, READERS: gl.constexpr):
     """A ring of ``STAGES`` empty tiles of the descriptor ``like``, each read by ``READERS`` warpgroups."""
     tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
+    full, empty = make_barriers(STAGES, READERS)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Two barriers a stage, as in :class:`Ring`: ``full``, to be told once, and ``empty``, by each reader."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=READERS)
-    return Ring(tiles, full, empty)
+    return full, empty
 
 
 @gluon.jit

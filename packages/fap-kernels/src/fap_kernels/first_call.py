@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .direct import is_descriptor
 from .target import interpreting
 
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ def _code(launch: Launch) -> Hashable:
 def _kind(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype
-    # As fap_kernels.direct.is_descriptor does, without Triton, which need not be there yet.
-    base = getattr(value, "base", None)
-    if isinstance(base, torch.Tensor):
-        return base.dtype, tuple(value.block_shape)
+    if is_descriptor(value):
+        return value.base.dtype, tuple(value.block_shape)
     return type(value)

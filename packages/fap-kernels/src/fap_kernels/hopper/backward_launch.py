@@ -73,7 +73,7 @@ def plan_hopper_backward(
     workspaces = zeroed = {"dq_acc": dq_acc}
     if additions is not None:
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
-    lift = LIFT if _in_three(problem, config) else 0
+    lift = _lift(problem, config)
     finishes = _finishes(problem, config, additions)
     launches = [
         plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, **zeroed),
@@ -157,7 +157,7 @@ def plan_query_grads(
 ) -> Launch:
     """The launch that fills ``dq`` from ``dq_acc``, which was added to with these ``additions``."""
     config = config or _configured(problem)
-    lift = LIFT if _in_three(problem, config) else 0
+    lift = _lift(problem, config)
     packing = packing_arguments(inputs.packing)
     tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, problem.seqlen_q, WARPGROUP_ROWS)
     return Launch(
@@ -194,6 +194,11 @@ def _configured(problem: AttentionProblem) -> BackwardConfig:
 def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
     """Whether a third warpgroup makes dQ of what two hand on, as the configuration prefers."""
     return config.three and problem.dtype == torch.bfloat16
+
+
+def _lift(problem: AttentionProblem, config: BackwardConfig) -> int:
+    """By how many powers of two all weights, and so the sum in ``dq_acc``, are too large."""
+    return LIFT if _in_three(problem, config) else 0
 
 
 def _finishes(problem: AttentionProblem, config: BackwardConfig, additions: torch.Tensor | None) -> bool:

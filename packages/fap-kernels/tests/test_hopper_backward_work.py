@@ -45,9 +45,10 @@ def list_work(
         window_left,
         window_right,
         items,
+        heads_beside,
         None,
     )
-    tile = backward_work.key_tile_of(call, tl.program_id(0), heads_beside, BLOCK_N, LAST_FIRST)
+    tile = backward_work.key_tile_of(call, tl.program_id(0), BLOCK_N, LAST_FIRST)
     sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
     row = found + tl.program_id(0) * 11
     tl.store(row, tile.batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
 from typing import Any
@@ -13,18 +14,18 @@ import triton.language as tl
 
 from fap_kernels import AttentionProblem, attention_forward
 from fap_kernels.hopper import work
-from fap_kernels.hopper.launch import plan_redo
+from fap_kernels.hopper.launch import heads_beside, plan_redo
 from fap_kernels.packing import slot_count
 
 pytestmark = pytest.mark.interpreter
-FIELDS = 13
+FIELDS = 15
 BLOCK_M, BLOCK_N = 128, 64
 
 
 @triton.jit
 def list_work(
     found, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, seqlen_q, seqlen_k,
-    window_left, window_right, items, tickets, MOST,
+    window_left, window_right, items, heads_beside, tickets, MOST,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Write down each turn of a program, ``(programs, MOST, FIELDS)``."""
@@ -42,14 +43,19 @@ def list_work(
         window_left,
         window_right,
         items,
+        heads_beside,
         tickets,
     )
-    row = found + tl.program_id(0) * MOST * 13
+    row = found + tl.program_id(0) * MOST * 15
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
     while work.there_is(call, turn, PAIRED):
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for part in range(BLOCK_M // 64):
-            phases = work.phases_of(call, tile, sweep, tile.first_query + part * 64, 64, BLOCK_N)
+            first_row = tile.first_query + part * 64
+            above = work.steps_above(call, tile, sweep, first_row, 64, BLOCK_N)
+            own = work.Sweep(sweep.top - above * BLOCK_N, sweep.count - above)
+            phases = work.phases_of(call, tile, own, first_row, 64, BLOCK_N)
+            tl.store(row + 13 + part, above)
             tl.store(row + 9 + 2 * part, phases.settled)
             tl.store(row + 10 + 2 * part, phases.unmasked_end)
         tl.store(row, 1)
@@ -61,13 +67,13 @@ def list_work(
         tl.store(row + 6, tile.q_start)
         tl.store(row + 7, sweep.top)
         tl.store(row + 8, sweep.count)
-        row += 13
+        row += 15
         turn, tile = work.next_tile(call, work.turn_after(call, turn), BLOCK_M, PAIRED)
 
 
 def turns(
     lengths_q: list[int], lengths_k: list[int], nheads: int, window: tuple[Any, Any], paired: bool,
-    packed: bool, tickets: bool = False,
+    packed: bool, tickets: bool = False, heads_beside: int | None = None,
 ) -> list[list[list[int]]]:  # fmt: skip
     """The turns of each of three programs."""
     programs, most = 3, 64
@@ -91,6 +97,7 @@ def turns(
         max(lengths_k),
         *window,
         items,
+        heads_beside,
         torch.zeros(1, dtype=torch.int32) if tickets else None,
         most,
         BLOCK_M,
@@ -111,11 +118,10 @@ def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
     else:
         lengths_q, lengths_k = [rng.randint(65, 700)] * count, [rng.randint(1, 700)] * count
     bound = rng.choice([None, 0, rng.randint(0, 300)]), rng.choice([None, 0, rng.randint(0, 300)])
-    found = [
-        turn
-        for program in turns(lengths_q, lengths_k, nheads, bound, paired, packed, tickets=packed and seed % 2)
-        for turn in program
-    ]
+    beside = rng.choice([None, 1, 2, 5]) if seed % 3 == 0 else None
+    tickets = packed and seed % 2 == 1
+    programs = turns(lengths_q, lengths_k, nheads, bound, paired, packed, tickets, beside)
+    found = [turn for program in programs for turn in program]
     expected = {
         (batch, head, first)
         for batch, length in enumerate(lengths_q)
@@ -128,26 +134,47 @@ def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
         check_sweep(turn, lengths_q[turn[1]], lengths_k[turn[1]], bound)
 
 
+def test_heads_side_by_side_leave_the_short_tiles_to_the_end() -> None:
+    first, second, third = turns([512], [512], 3, (None, 0), False, False, heads_beside=2)
+    in_order = [turn for three in itertools.zip_longest(first, second, third) for turn in three if turn]
+    tiles = [(turn[2], turn[3]) for turn in in_order]
+    assert tiles == [
+        *((head, first_query) for first_query in (384, 256, 128, 0) for head in (0, 1)),
+        *((2, first_query) for first_query in (384, 256, 128, 0)),
+    ]
+
+
 def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any, Any]) -> None:
     """Every visible key is visited, no unmasked step needs a mask, and settled rows have met a key."""
-    _, _, _, first_query, length_q, length_k, _, top, count, *phases = turn
+    _, _, _, first_query, length_q, length_k, _, top, count, *parts = turn
     assert (length_q, length_k) == (seqlen_q, seqlen_k)
     end, last = top + BLOCK_N, top - (count - 1) * BLOCK_N
     seen = visible(first_query, seqlen_q, seqlen_k, max(end, seqlen_k), bound)
     assert last >= 0
     assert not seen[:, :last].any(), "a visible key lies below the last step"
     assert not seen[:, end:].any(), "a visible key lies above the first step"
-    for part, (settled, unmasked_end) in enumerate(zip(phases[::2], phases[1::2], strict=True)):
-        assert 1 <= settled <= count
+    for part, (settled, unmasked_end, above) in enumerate(
+        zip(parts[0:4:2], parts[1:4:2], parts[4:], strict=True)
+    ):
+        assert 0 <= above < count
+        assert above == 0 or (part == 0 and bound[1] is not None), "the kernel does not ask"
+        own_top, own_count = top - above * BLOCK_N, count - above
+        assert 1 <= settled <= own_count
         assert bound != (None, None) or settled == 1, "the kernel has no loop for it"
-        assert bound[0] is not None or max(settled, unmasked_end) == count, "a step would be left out"
-        rows = seen[part * 64 : (part + 1) * 64, :end]
+        assert bound[0] is not None or max(settled, unmasked_end) == own_count, "a step would be left out"
+        rows = seen[part * 64 : (part + 1) * 64]
+        assert not rows[:, own_top + BLOCK_N :].any(), "a visible key lies above the first own step"
         for step in range(settled, unmasked_end):
-            first_key = top - step * BLOCK_N
+            first_key = own_top - step * BLOCK_N
             assert rows[:, first_key : first_key + BLOCK_N].all(), "an unmasked step holds a hidden key"
         if unmasked_end > settled:
-            met = rows[:, top - (settled - 1) * BLOCK_N :].any(1)
+            met = rows[:, own_top - (settled - 1) * BLOCK_N :].any(1)
             assert met.all(), "a row has met no key when it is settled"
+
+
+def test_the_first_keys_of_a_causal_tile_are_the_last_warpgroups() -> None:
+    found = [turn for program in turns([512], [512], 1, (None, 0), False, False) for turn in program]
+    assert sorted((turn[3], *turn[13:]) for turn in found) == [(first, 1, 0) for first in (0, 128, 256, 384)]
 
 
 def visible(
@@ -180,20 +207,20 @@ def test_the_steps_add_up_to_attention(seqlen_q: int, seqlen_k: int, bound: tupl
         for part in range(BLOCK_M // 64):
             rows = slice(turn[3] + part * 64, min(turn[3] + part * 64 + 64, seqlen_q))
             if rows.start < seqlen_q:
-                out[rows] = sweep(turn, *turn[9 + 2 * part : 11 + 2 * part], scores[rows], seen[rows], v)
+                out[rows] = sweep(turn, part, scores[rows], seen[rows], v)
     torch.testing.assert_close(out, weights @ v)
 
 
 def sweep(
     turn: list[int],
-    settled: int,
-    unmasked_end: int,
+    part: int,
     scores: torch.Tensor,
     seen: torch.Tensor,
     v: torch.Tensor,
 ) -> torch.Tensor:
     """One warpgroup's rows of the output; keys that do not exist are zeros, as TMA fetches them."""
-    top, count = turn[7:9]
+    settled, unmasked_end, above = turn[9 + 2 * part], turn[10 + 2 * part], turn[13 + part]
+    top, count = turn[7] - above * BLOCK_N, turn[8] - above
     missing = max(0, top + BLOCK_N - len(v))
     scores, seen = (torch.nn.functional.pad(x, (0, missing)) for x in (scores, seen))
     v = torch.nn.functional.pad(v, (0, 0, 0, missing))
@@ -217,6 +244,39 @@ def test_pairs_have_equal_work() -> None:
     programs = turns([1024] * 3, [1024] * 3, 1, (None, 0), True, False)
     steps = {sum(turn[8] for turn in program) for program in programs}
     assert len(steps) == 1
+
+
+def end_of_a_launch(tiles: int, heads: int, beside: int, processors: int) -> float:
+    """When the last processor is done, as a ratio to when all would be if the work were shared out evenly.
+
+    Query tile n takes n + 2 units of time, and whoever is free takes the next one.
+    """
+    together = [min(beside, heads - first) for first in range(0, heads, beside)]
+    times = [tile + 2 for several in together for tile in range(tiles, 0, -1) for _ in range(several)]
+    free = [0] * processors
+    for time in times:
+        heapq.heapreplace(free, free[0] + time)
+    return max(free) / (sum(times) / processors)
+
+
+@pytest.mark.parametrize(("tiles", "heads"), [(64, 16), (43, 64), (64, 32), (32, 32), (86, 32), (128, 8)])
+def test_heads_side_by_side_leave_no_processor_without_work(tiles: int, heads: int) -> None:
+    assert end_of_a_launch(tiles, heads, heads_beside(tiles, heads, 132), 132) < 1.03
+
+
+def test_heads_one_after_the_other_would() -> None:
+    assert end_of_a_launch(64, 16, 1, 132) > 1.1
+    assert end_of_a_launch(43, 64, 1, 132) > 1.04
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 43, 66, 128, 132, 5000])
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 16, 64, 100])
+def test_the_last_heads_are_no_fewer(tiles: int, heads: int) -> None:
+    beside = heads_beside(tiles, heads, 132)
+    assert 1 <= beside <= heads
+    least = min(max(round(132 / tiles), 1), heads)
+    assert least <= beside < 2 * least
+    assert heads % beside == 0 or heads % beside >= least or beside == least
 
 
 @pytest.mark.parametrize("head_dim", [40, 128])

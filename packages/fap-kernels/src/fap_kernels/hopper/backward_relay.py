@@ -64,7 +64,7 @@ def hopper_backward_relay_kernel(
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, None,
+        window_left, window_right, items, heads_beside, None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     gl.static_assert(BLOCK_M == ROWS and BLOCK_N == ROWS, "a warpgroup holds 64 keys by 64 queries")
@@ -75,8 +75,7 @@ def hopper_backward_relay_kernel(
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, heads_beside,
-        rows_padded,
+        exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.

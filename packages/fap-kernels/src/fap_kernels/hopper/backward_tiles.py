@@ -34,7 +34,6 @@ class Operands(NamedTuple):
         handover: where tiles of dQ are handed to warps that send them, else None.
         dq, dq_sums: where the last one to add finishes dQ, its descriptor and the address of ``dq_acc``.
         additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
-        heads_beside: key heads worked on side by side; None for packed sequences.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
     """
 
@@ -56,7 +55,6 @@ class Operands(NamedTuple):
     handover: Any
     dq_sums: Any
     additions: Any
-    heads_beside: Any
     rows_padded: Any
 
 
@@ -93,7 +91,7 @@ def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     # In a fixed order, a head's last key tile adds first: under a causal mask it starts at later queries than
     # the others, and is always ahead of them.
     LAST_FIRST: gl.constexpr = operands.additions is not None
-    tile = backward_work.key_tile_of(call, gl.program_id(0), operands.heads_beside, BLOCK_N, LAST_FIRST)
+    tile = backward_work.key_tile_of(call, gl.program_id(0), BLOCK_N, LAST_FIRST)
     return tile, backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
 
 

@@ -45,27 +45,19 @@ class Sweep(NamedTuple):
 
 
 @triton.jit
-def key_tile_of(call, index, heads_beside, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr):
+def key_tile_of(call, index, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Key tile number ``index``.
 
-    The ``heads_beside`` key heads that are worked on side by side are the fastest index, then comes the tile.
-    Where sequences are packed it is None, and the tile of a head is the fastest index, a few of them empty.
     Under a causal mask a head's first keys have the most work, and come first unless ``LAST_FIRST``.
     """
     nheads_k = call.nheads // call.group
-    if heads_beside is None:
+    if call.heads_beside is None:
         packed = spans.Slots(call.cu_seqlens_k, call.entries, call.slots)
         batch, head_k, first_key = tiles.place_of(index, nheads_k, None, packed, BLOCK_N, LAST_FIRST)
     else:
-        count = tl.cdiv(call.seqlen_k, BLOCK_N)
-        row = index // (heads_beside * count) * heads_beside
-        beside = tl.minimum(heads_beside, call.items // count - row)
-        index -= row * count
-        row += index % beside
-        number = index // beside
-        if LAST_FIRST:
-            number = count - 1 - number
-        batch, head_k, first_key = row // nheads_k, row % nheads_k, number * BLOCK_N
+        batch, head_k, first_key = tiles.place_beside(
+            index, nheads_k, call.heads_beside, call.items, call.seqlen_k, BLOCK_N, LAST_FIRST
+        )
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
     return KeyTile(batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)

@@ -78,7 +78,8 @@ class Operands(NamedTuple):
 def hopper_forward_kernel(
     q_part0, k_part0, v_part0, out_part0, lse, lse_rows, alibi_slopes, alibi_stride,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
-    nheads, group, seqlen_q, seqlen_k, items, tickets, window_left, window_right, softmax_scale, softcap,
+    nheads, group, seqlen_q, seqlen_k, items, heads_beside, tickets,
+    window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
     OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
@@ -90,7 +91,7 @@ def hopper_forward_kernel(
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, tickets,
+        window_left, window_right, items, heads_beside, tickets,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
@@ -211,8 +212,10 @@ def _multiply(
         turns.first_turn(WARPGROUP, WARPGROUPS)
 
     turn, there, tile = announcements.tile_at(operands.board, 0, call, 0, BLOCK_M, PAIRED)
-    sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
     if OVERLAP_TILES:
+        sweep, stage, phase = _own_sweep(
+            operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
+        )
         q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
         s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
         s = warpgroup_mma_wait(0, [s])
@@ -221,7 +224,9 @@ def _multiply(
         weights = pairs.rounded(weights, operands.v_ring)
     while there:
         if not OVERLAP_TILES:
-            sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+            sweep, stage, phase = _own_sweep(
+                operands, tile, True, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
+            )
             q = _queries(operands.q_ring, q_slot, q_phase, True, WIDTH)
             s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
             s = warpgroup_mma_wait(0, [s])
@@ -246,7 +251,9 @@ def _multiply(
         q_phase = count // Q_STAGES & 1
         if OVERLAP_TILES:
             # S = Q K^T of the next tile's first keys runs beside O += P V of this one's last.
-            sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+            sweep, stage, phase = _own_sweep(
+                operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
+            )
             q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
             p = pairs.matrix(weights, operands.v_ring, acc)
             if TURNS:
@@ -277,6 +284,37 @@ def _multiply(
             tma.store_wait(0)
             mbarrier.arrive(operands.q_ring.empty.index(done_slot))
     tma.store_wait(0)
+
+
+@gluon.jit
+def _own_sweep(
+    operands, tile, there, WARPGROUP: gl.constexpr, stage, phase, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """The warpgroup's part of a query tile's sweep, and where the rings are then.
+
+    Under a causal mask the first key tile may be seen by queries of the last warpgroup alone. The others give
+    it back as it came, and leave the tensor cores to the last one; with ``TURNS``, in a turn like any other.
+    """
+    call = operands.call
+    sweep = work.sweep_of(call, tile, ROWS * WARPGROUPS, BLOCK_N)
+    APART: gl.constexpr = ROWS * (WARPGROUPS - 1)  # rows between the first warpgroup and the last
+    if call.window_right is not None and WARPGROUP < WARPGROUPS - 1 and APART >= BLOCK_N:
+        gl.static_assert(APART <= BLOCK_N * (STAGES - 1), "no stage would be left for the keys to begin with")
+        first_row = tile.first_query + WARPGROUP * ROWS
+        above = gl.where(there, work.steps_above(call, tile, sweep, first_row, ROWS, BLOCK_N), 0)
+        for _ in range(above):
+            if TURNS:
+                turns.take_turn(WARPGROUP)
+                turns.pass_turn(WARPGROUP, WARPGROUPS)
+            # To give a stage back before it is filled would be taken for giving back what it held before.
+            mbarrier.wait(operands.k_ring.full.index(stage), phase)
+            mbarrier.arrive(operands.k_ring.empty.index(stage))
+            mbarrier.wait(operands.v_ring.full.index(stage), phase)
+            mbarrier.arrive(operands.v_ring.empty.index(stage))
+            stage, phase = ring.advance(stage, phase, STAGES)
+        sweep = work.Sweep(sweep.top - above * BLOCK_N, sweep.count - above)
+    return sweep, stage, phase
 
 
 @gluon.jit

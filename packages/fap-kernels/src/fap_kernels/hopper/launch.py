@@ -62,6 +62,9 @@ def plan_hopper_forward(
     tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, rows)
     items = problem.nheads * tiles
     programs = min(processors * config.beside, items) if config.persistent else items
+    beside = None
+    if problem.window_right >= 0 and not config.persistent and not packed:
+        beside = heads_beside(-(-problem.seqlen_q // block_m), problem.batch * problem.nheads, processors)
     # Where each program has but one tile, there is none to draw.
     draw = config.tickets and items > programs
     tickets = torch.empty(1, dtype=torch.int32, device=q.device) if draw else None
@@ -76,6 +79,7 @@ def plan_hopper_forward(
             **common,
             **slots,
             "items": items,
+            "heads_beside": beside,
             "tickets": tickets,
             "WIDTH": config.width,
             "BLOCK_N": config.block_n,
@@ -97,6 +101,18 @@ def plan_hopper_forward(
     if config.optimistic:
         launches.append(plan_redo(problem, q, k, v, out, softmax_lse, alibi_slopes, packing))
     return launches, workspaces
+
+
+def heads_beside(tiles: int, heads: int, processors: int) -> int:
+    """How many of ``heads``, of so many query tiles each, are worked on side by side, under a causal mask.
+
+    With one after the other, the launch ends with the long tiles of the last head, and most ``processors``
+    wait for some: at 64 tiles a head, two heads side by side, for a tenth of the time. More heads than have a
+    tile for each processor would share the cache for nothing. The last ones that are side by side are no
+    fewer.
+    """
+    least = min(max(round(processors / max(tiles, 1)), 1), max(heads, 1))
+    return next((beside for beside in range(least, 2 * least) if not 0 < heads % beside < least), least)
 
 
 def plan_redo(

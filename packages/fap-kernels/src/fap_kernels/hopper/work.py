@@ -27,7 +27,9 @@ class Call(NamedTuple):
         nheads, group: query heads, and how many of them share a key head.
         seqlen_q, seqlen_k: the lengths, or what no packed sequence exceeds.
         window_left, window_right: as in :class:`fap_kernels.language.masks.Window`.
-        items: what the programs share: query tiles, or pairs of them.
+        items: what the programs share: query tiles, or pairs of them; key tiles in the backward.
+        heads_beside: so many heads, or in the backward key heads, are worked on side by side; None where one
+            comes after the other, as where sequences are packed, or query tiles paired.
         tickets: address of a 0, from which programs draw the numbers of their items; None where each knows
             them beforehand.
     """
@@ -45,6 +47,7 @@ class Call(NamedTuple):
     window_left: Any
     window_right: Any
     items: Any
+    heads_beside: Any
     tickets: Any
 
 
@@ -139,6 +142,12 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
         exists = late | (number != opposite)
         first_query = tl.where(late, opposite, number) * BLOCK_M
         return row // call.nheads, row % call.nheads, first_query, exists
+    elif call.heads_beside is not None:
+        batch, head, first_query = tiles.place_beside(
+            item, call.nheads, call.heads_beside, call.items, call.seqlen_q, BLOCK_M,
+            call.window_right is not None,
+        )  # fmt: skip
+        return batch, head, first_query, item >= 0  # always there: next_tile wants a tensor
     else:
         packed = None
         if call.cu_seqlens_q is not None:
@@ -146,7 +155,7 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
         batch, head, first_query = tiles.place_of(
             item, call.nheads, call.seqlen_q, packed, BLOCK_M, call.window_right is not None
         )
-        return batch, head, first_query, item >= 0  # always there: next_tile wants a tensor
+        return batch, head, first_query, item >= 0
 
 
 @triton.jit
@@ -189,6 +198,19 @@ def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     visit = tiles.keys_to_visit(window, tile.first_query, BLOCK_M, BLOCK_N)
     count = tl.maximum(tl.cdiv(tl.maximum(visit.end - visit.start, 0), BLOCK_N), 1)
     return Sweep(visit.start + (count - 1) * BLOCK_N, count)
+
+
+@triton.jit
+def steps_above(call, tile, sweep, first_row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many steps of their query tile's sweep come before the first key that ``ROWS`` queries see.
+
+    All but one at most, since every row takes a step even if it sees no key.
+    """
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    visit = tiles.keys_to_visit(window, first_row, ROWS, BLOCK_N)
+    above = tl.maximum(sweep.top + BLOCK_N - tl.maximum(visit.end, 0), 0) // BLOCK_N
+    return tl.minimum(above, sweep.count - 1)
 
 
 @triton.jit

@@ -52,6 +52,27 @@ def place_of(index, nheads, length, packed, BLOCK: tl.constexpr, LAST_FIRST: tl.
 
 
 @triton.jit
+def place_beside(
+    index, nheads, heads_beside, items, length, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Batch entry, head and first row of tile number ``index`` of ``items``, where heads are side by side.
+
+    The ``heads_beside`` heads that are worked on side by side are the fastest index, then comes the tile. So
+    tiles that are worked on at the same time are equally far in their sequences: with ``LAST_FIRST`` under
+    causal attention, what is left to the end of the launch are the short tiles of several heads.
+    """
+    count = tl.cdiv(length, BLOCK)
+    row = index // (heads_beside * count) * heads_beside
+    beside = tl.minimum(heads_beside, items // count - row)
+    index -= row * count
+    row += index % beside
+    tile = index // beside
+    if LAST_FIRST:
+        tile = count - 1 - tile
+    return row // nheads, row % nheads, tile * BLOCK
+
+
+@triton.jit
 def place_share(nheads, splits, length, BLOCK: tl.constexpr):
     """This program's batch entry, head, share and first row, on a grid with the tile as fastest index.
 

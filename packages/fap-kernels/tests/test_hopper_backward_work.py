@@ -321,7 +321,7 @@ def test_dq_comes_to_its_place(head_dim: int, width: int, packed: bool) -> None:
                 dq_acc[batch, head].view(-1)[start * width :][: len(own) * width] = torch.cat(tiles)
             first += length
     dq = torch.full_like(q, torch.nan)
-    plan_query_grads(problem, inputs, dq_acc, dq).run(q.device)
+    plan_query_grads(problem, inputs, dq_acc, dq, overlap=False).run(q.device)
     torch.testing.assert_close(dq, expected)
 
 
@@ -334,7 +334,7 @@ def test_dq_is_zero_where_nothing_was_added(head_dim: int, block_m: int) -> None
     additions[1, 0, 0] = 3
     dq_acc[1, 0, :block_m] = 1.0
     dq = torch.full_like(q, torch.nan)
-    plan_query_grads(problem, inputs, dq_acc, dq, additions).run(q.device)
+    plan_query_grads(problem, inputs, dq_acc, dq, additions, overlap=False).run(q.device)
     expected = torch.zeros_like(q)
     expected[1, :block_m, 0] = problem.softmax_scale
     torch.testing.assert_close(dq, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..language import parts, rows, spans, tiles
+from ..language import grid, parts, rows, spans, tiles
 from ..language.scores import LOG2E
 from ..launch import UNSPECIALIZED
 
@@ -18,6 +18,7 @@ def attention_delta_kernel(
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
     BLOCK_M: tl.constexpr, PADDING: tl.constexpr, WIDTH: tl.constexpr, NEGATIVE: tl.constexpr,
+    RELEASE: tl.constexpr,
 ):  # fmt: skip
     """Write ``lse`` and ``delta``, float32 ``(batch, nheads, rows_padded)``; batch is 1 where packed.
 
@@ -33,7 +34,11 @@ def attention_delta_kernel(
     ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
     that follows adds dQ up, that costs no pass of its own here. So is ``additions``, one number for each
     ``BLOCK_M`` rows, or None: what that kernel counts in.
+
+    With ``RELEASE`` the kernel that follows may start at once, and waits by itself for what is stored here.
     """
+    if RELEASE:
+        grid.release_next()
     packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
     # The padding has tiles of its own.
     SHARE: tl.constexpr = PADDING // BLOCK_M

@@ -62,6 +62,7 @@ def plan_delta(
     additions: torch.Tensor | None = None,
     lift: int = 0,
     negative: bool = False,
+    release: bool = False,
 ) -> Launch:
     """The launch that fills ``inputs.lse`` and ``inputs.delta``, from contiguous vectors.
 
@@ -70,6 +71,7 @@ def plan_delta(
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
         lift: lower the LSE by so much, so that weights come out 2^lift times as large.
         negative: fill ``inputs.delta`` with ``-delta``.
+        release: let the launch that follows start while this one runs, if it is one that overlaps.
     """
     config = DELTA
     rows_swept = padded_rows(problem.seqlen_q)
@@ -103,6 +105,7 @@ def plan_delta(
             "PADDING": ROW_PADDING,
             "WIDTH": 0 if dq_acc is None else dq_acc.shape[3],
             "NEGATIVE": negative,
+            "RELEASE": release,
         },
         num_warps=config.num_warps,
     )

@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backward.step import products_grad
-from ..language import rows, scores
+from ..language import grid, rows, scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, backward_work, barriers, order, ring, work
 from .backward_tiles import ROWS, THREADS
@@ -110,14 +110,16 @@ def _fetch(
     q_packed = tile.q_start if call.cu_seqlens_q is not None else None
     q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     dout_rows = rows.Rows(None, None, parts[3], None, tile.q_batch, q_packed, tile.seqlen_q, None)
-    for step in range(call.group * sweep.count):
+    steps = call.group * sweep.count
+    if steps > 0:
+        backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
+    grid.wait_for_previous()
+    for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
         stage = step % STAGES
         head = tile.head_k * call.group + member
         first_query = sweep.start + number * BLOCK_M
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-        if step == 0:
-            backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
         if step >= STAGES:
             barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
         ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
@@ -138,6 +140,7 @@ def _send(
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
+    grid.wait_for_previous()
     for step in range(SLOT, call.group * sweep.count, 2):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member

@@ -76,7 +76,7 @@ def plan_hopper_backward(
     lift = _lift(problem, config)
     finishes = _finishes(problem, config, additions)
     launches = [
-        plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, **zeroed),
+        plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, release=True, **zeroed),
         _plan_gradients(problem, inputs, dq_acc, dq if finishes else None, dk, dv, additions, config),
     ]
     if not finishes:
@@ -144,6 +144,7 @@ def _plan_gradients(
             "PADDING": ROW_PADDING,
         },
         num_warps=4,
+        overlap=True,
     )
 
 
@@ -154,8 +155,13 @@ def plan_query_grads(
     dq: torch.Tensor,
     additions: torch.Tensor | None = None,
     config: BackwardConfig | None = None,
+    overlap: bool = True,
 ) -> Launch:
-    """The launch that fills ``dq`` from ``dq_acc``, which was added to with these ``additions``."""
+    """The launch that fills ``dq`` from ``dq_acc``, which was added to with these ``additions``.
+
+    Args:
+        overlap: start while the kernel before it still runs, and wait for it.
+    """
     config = config or _configured(problem)
     lift = _lift(problem, config)
     packing = packing_arguments(inputs.packing)
@@ -179,8 +185,10 @@ def plan_query_grads(
             "WIDTH": dq_acc.shape[3],
             "BLOCK_M": config.block_m,
             "PADDING": ROW_PADDING,
+            "OVERLAP": overlap,
         },
         num_warps=4,
+        overlap=overlap,
     )
 
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..language import grid
 from . import backward_tiles, backward_work, barriers, order, ring
 from .backward_tiles import ROWS, THREADS
 from .compat import reinterpret, tma_add, tma_store
@@ -93,9 +94,10 @@ def _fetch_first(
     operands, parts, tile, sweep, steps, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr
 ):
     """Fetch the key tile, and as many query tiles as there is room for."""
+    if steps > 0:
+        backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
+    grid.wait_for_previous()
     for step in range(gl.minimum(steps, STAGES)):
-        if step == 0:
-            backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
         backward_tiles.fill(
             operands, operands.queries, parts[0], parts[4], tile, sweep, step, BLOCK_M, STAGES, PADDING
         )
@@ -182,6 +184,7 @@ def send_dq(
     if operands.dq is not None:
         steps = gl.where(tile.first_key == 0, 0, steps)
     lines = _as_lines(operands, operands.staging.index(PLACE))
+    grid.wait_for_previous()
     for step in range(steps):
         head = tile.head_k * call.group + step // sweep.count
         first_query = sweep.start + step % sweep.count * BLOCK_M

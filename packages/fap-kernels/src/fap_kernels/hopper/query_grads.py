@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..language import rows, spans, tiles
+from ..language import grid, rows, spans, tiles
 from ..launch import UNSPECIALIZED
 
 ROWS: tl.constexpr = tl.constexpr(64)
@@ -17,6 +17,7 @@ def hopper_query_grads_kernel(
     dq_acc, additions, dq, dq_strides, cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_padded, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write ``dq = dq_acc * softmax_scale``. Grid: (batch, query head, 64 queries), the queries fastest.
 
@@ -32,6 +33,8 @@ def hopper_query_grads_kernel(
     q_packed = q_start if cu_seqlens_q is not None else None
     start = spans.padded_start(cu_seqlens_q, q_start, batch, PADDING)
     row = (q_batch * nheads + head).to(tl.int64) * rows_padded + start + first
+    if OVERLAP:
+        grid.wait_for_previous()
     tile = load_tile(dq_acc + row * WIDTH, WIDTH) * softmax_scale
     if additions is not None:
         tile = tl.where(tl.load(additions + row // BLOCK_M * (BLOCK_M // ROWS)) > 0, tile, 0.0)

@@ -206,7 +206,8 @@ def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
 
 def _lift(problem: AttentionProblem, config: BackwardConfig) -> int:
     """By how many powers of two all weights, and so the sum in ``dq_acc``, are too large."""
-    return LIFT if _in_three(problem, config) else 0
+    lifted = _in_three(problem, config) or (config.relay and problem.dtype == torch.bfloat16)
+    return LIFT if lifted else 0
 
 
 def _finishes(problem: AttentionProblem, config: BackwardConfig, additions: torch.Tensor | None) -> bool:

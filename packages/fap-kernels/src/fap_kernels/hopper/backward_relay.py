@@ -27,7 +27,9 @@ this one: so no circle can close. While one waits the other two multiply, which 
 is; within a warpgroup products follow each other.
 
 All features are the first warpgroup's: it masks, and what it hands on holds the derivative of the softcap
-already, since dS is linear in dP. dQ is summed up as in :mod:`fap_kernels.hopper.backward`.
+already, since dS is linear in dP. It hands it on as float16, in bfloat16 calls ``2**LIFT`` times as large, as
+in :mod:`fap_kernels.hopper.backward_three`: rounded to bfloat16, and its gradient once more, dQ and dK would
+err by a quarter more. dQ is summed up as in :mod:`fap_kernels.hopper.backward`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ from ..language import scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, barriers, ring, work
 from .backward_third import ALL, SLOTS, make_dq
-from .backward_tiles import ROWS, THREADS
+from .backward_tiles import LOWER, ROWS, THREADS
+from .compat import reinterpret
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -78,12 +81,13 @@ def hopper_backward_relay_kernel(
         exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
+    LOWERED: gl.constexpr = LOWER if q_part0.dtype == gl.bfloat16 else 1.0
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
     gl.warp_specialize(
         [
-            (_make_dv, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_make_dk, (operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (make_dq, (operands, parts, 1, 1.0, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+            (_make_dv, (operands, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dk, (operands, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (make_dq, (operands, parts, 1, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
         ],
         [4, 4],
         [200, 96],
@@ -92,8 +96,9 @@ def hopper_backward_relay_kernel(
 
 @gluon.jit
 def _make_dv(
-    operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):
+    operands, LOWERED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     """The first warpgroup: weigh each query tile, hand the weights on, and sum up dV."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
@@ -107,7 +112,7 @@ def _make_dv(
     if steps > 0:
         # With the last slot the second warpgroup has given back the values.
         barriers.meet(barriers.SLOT_FREE + (steps - 1) % SLOTS, THREADS)
-    backward_tiles.store(operands, operands.v, 0, dv, operands.dv, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, operands.v, 0, dv * LOWERED, operands.dv, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
@@ -142,7 +147,7 @@ def _weigh_step(
     if step >= SLOTS:
         barriers.meet(barriers.SLOT_FREE + slot, THREADS)
     share = scores.logits_grad(operands.score, s, weights)
-    operands.exchange.index(slot).store(share.to(operands.dk.dtype))
+    _as_float16(operands.exchange.index(slot)).store(share.to(gl.float16))
     barriers.arrive(barriers.WEIGHTS_THERE + slot, THREADS)
     p = gl.convert_layout(weights.to(operands.dk.dtype), WEIGHTS, assert_trivial=True)
     mbarrier.wait(douts.full.index(stage), phase)
@@ -154,8 +159,9 @@ def _weigh_step(
 
 @gluon.jit
 def _make_dk(
-    operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):
+    operands, LOWERED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
     """The second warpgroup: turn weights into their gradients in place, and sum up dK."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
@@ -176,7 +182,7 @@ def _make_dk(
         less_delta, _ = gl.broadcast(row_numbers[None, :], gl.zeros([ROWS, BLOCK_M], gl.float32, S))
         dp = warpgroup_mma(v, dout.permute([1, 0]), less_delta, is_async=True)
         barriers.meet(barriers.WEIGHTS_THERE + slot, THREADS)
-        share = operands.exchange.index(slot).load(S).to(gl.float32)
+        share = _as_float16(operands.exchange.index(slot)).load(S).to(gl.float32)
         dp = warpgroup_mma_wait(0, [dp])
         barriers.arrive(barriers.DOUTS_FREE + stage, ALL)
         ds = (share * dp).to(operands.dk.dtype)
@@ -190,5 +196,12 @@ def _make_dk(
         barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
     # It was the last to read the last queries, which the first had to read for their weights.
     place = queries.tiles.index(gl.maximum(steps - 1, 0) % STAGES)
-    backward_tiles.store(operands, place, 0, dk * operands.score.scale, operands.dk, tile, WIDTH, BLOCK_M)
+    dk = dk * (operands.score.scale * LOWERED)
+    backward_tiles.store(operands, place, 0, dk, operands.dk, tile, WIDTH, BLOCK_M)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _as_float16(slot):
+    """A slot of the exchange as what the first warpgroup hands on."""
+    return reinterpret(slot, gl.float16, slot.shape, slot.layout)

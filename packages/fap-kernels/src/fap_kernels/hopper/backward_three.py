@@ -50,11 +50,7 @@ from ..language import scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, barriers, pairs, ring, work
 from .backward_third import ALL, SLOTS, make_dq, make_handover, send_dq
-from .backward_tiles import ROWS, THREADS
-from .config import LIFT
-
-LOWER = gl.constexpr(2.0**-LIFT)
-"""What the LSE is lowered by lifts all weights, and so all gradients, until they leave."""
+from .backward_tiles import LOWER, ROWS, THREADS
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)

@@ -12,10 +12,15 @@ from ..language import masks, rows, scores
 from ..language import softmax as weights
 from . import backward_work, hiding, ring, softmax
 from .compat import tma_load
+from .config import LIFT
 
 ROWS = softmax.ROWS
 THREADS = gl.constexpr(256)
 """Of two warpgroups."""
+
+
+LOWER = gl.constexpr(2.0**-LIFT)
+"""What the LSE is lowered by lifts all weights, and so all gradients, until they leave."""
 
 
 class Operands(NamedTuple):

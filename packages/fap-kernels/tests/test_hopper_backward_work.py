@@ -20,7 +20,7 @@ from fap_kernels.hopper.backward_launch import empty_additions, plan_query_grads
 from fap_kernels.packing import Packing, slot_count
 
 pytestmark = pytest.mark.interpreter
-FIELDS = 11
+FIELDS = 17
 BLOCK_N = 128
 
 
@@ -50,7 +50,7 @@ def list_work(
     )
     tile = backward_work.key_tile_of(call, tl.program_id(0), BLOCK_N, LAST_FIRST)
     sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
-    row = found + tl.program_id(0) * 11
+    row = found + tl.program_id(0) * 17
     tl.store(row, tile.batch)
     tl.store(row + 1, tile.head_k)
     tl.store(row + 2, tile.first_key)
@@ -62,6 +62,12 @@ def list_work(
     tl.store(row + 8, sweep.leading)
     tl.store(row + 9, sweep.unmasked_end)
     tl.store(row + 10, sweep.count)
+    for half in range(2):
+        first_key = tile.first_key + half * BLOCK_N // 2
+        own = backward_work.own_sweep_of(call, tile, sweep, first_key, BLOCK_N // 2, BLOCK_M)
+        tl.store(row + 11 + half * 3, own.hidden)
+        tl.store(row + 12 + half * 3, own.leading)
+        tl.store(row + 13 + half * 3, own.unmasked_end)
     for number in range(sweep.count):
         first_query = sweep.start + number * BLOCK_M
         before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
@@ -155,7 +161,7 @@ def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> N
 
 def check_sweep(row: list[int], window: tuple[Any, Any], block_m: int) -> None:
     """Every query that sees a key is visited, and no unmasked step needs a mask."""
-    _, _, first_key, seqlen_q, seqlen_k, _, _, start, leading, unmasked_end, count = row
+    _, _, first_key, seqlen_q, seqlen_k, _, _, start, leading, unmasked_end, count = row[:11]
     assert start % block_m == 0
     assert 0 <= leading <= unmasked_end <= count
     assert window[0] is not None or unmasked_end == count, "a step would be left out"
@@ -170,6 +176,19 @@ def check_sweep(row: list[int], window: tuple[Any, Any], block_m: int) -> None:
     if unmasked_end > leading:
         assert first_key + BLOCK_N <= seqlen_k, "keys that do not exist need a mask"
         assert seen[unmasked].all(), "an unmasked step holds a hidden pair"
+    for half, (hidden, own_leading, own_unmasked_end) in enumerate((row[11:14], row[14:17])):
+        assert 0 <= hidden <= own_leading <= own_unmasked_end <= count
+        assert own_leading == max(leading, hidden)
+        assert own_unmasked_end == max(unmasked_end, hidden)
+        own_keys = slice(half * BLOCK_N // 2, (half + 1) * BLOCK_N // 2)
+        assert not seen[start : start + hidden * block_m, own_keys].any(), "a pair is left out"
+
+
+def test_half_of_the_keys_are_left_out_where_no_query_sees_them() -> None:
+    causal, _ = programs([256], [256], 1, 1, (None, 0), False, 64)
+    assert [row[10:] for row in causal] == [[4, 0, 2, 4, 1, 2, 4], [2, 0, 2, 2, 1, 2, 2]]
+    short, _ = programs([256], [60], 1, 1, (None, None), False, 64)
+    assert [row[10:] for row in short] == [[4, 0, 4, 4, 4, 4, 4]], "keys that do not exist"
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -258,17 +277,18 @@ def test_the_steps_add_up_to_the_gradients(
     hidden = torch.nn.functional.pad(hidden, (0, BLOCK_N, 0, BLOCK_N), value=True)
     hidden[seqlen_q:, :seqlen_k] = False  # no mask is needed there
     for row in programs([seqlen_q], [seqlen_k], 1, 1, window, False, block_m)[0]:
-        keys = slice(row[2], row[2] + BLOCK_N)
-        start, leading, unmasked_end, count = row[7:]
-        for step in range(count):
-            queries = slice(start + step * block_m, start + (step + 1) * block_m)
-            p = torch.exp(k[keys] @ q[queries].T - lse[queries])
-            if not leading <= step < unmasked_end:
-                p = p.masked_fill(hidden[queries, keys].T, 0.0)
-            ds = p * (v[keys] @ dout[queries].T - delta[queries])
-            dv[keys] += p @ dout[queries]
-            dk[keys] += ds @ q[queries]
-            dq[queries] += ds.T @ k[keys]
+        start, count = row[7], row[10]
+        for half, (left_out, leading, unmasked_end) in enumerate((row[11:14], row[14:17])):
+            keys = slice(row[2] + half * BLOCK_N // 2, row[2] + (half + 1) * BLOCK_N // 2)
+            for step in range(left_out, count):
+                queries = slice(start + step * block_m, start + (step + 1) * block_m)
+                p = torch.exp(k[keys] @ q[queries].T - lse[queries])
+                if not leading <= step < unmasked_end:
+                    p = p.masked_fill(hidden[queries, keys].T, 0.0)
+                ds = p * (v[keys] @ dout[queries].T - delta[queries])
+                dv[keys] += p @ dout[queries]
+                dk[keys] += ds @ q[queries]
+                dq[queries] += ds.T @ k[keys]
     for mine, expected in zip((dq, dk, dv), right, strict=True):
         torch.testing.assert_close(mine[: len(expected)], expected)
 

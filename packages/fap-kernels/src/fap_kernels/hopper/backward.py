@@ -22,6 +22,9 @@ of the tile's dQ, and adds it to memory, in float32.
                  dV, dK * softmax_scale through the tiles of V and K to memory
     sender       say that its slot is free, wait until dQ is there, have the TMA unit add it to memory
 
+Under a causal mask the first query tile of 64 sees no key of the second warpgroup, which then puts zeros into
+the exchange, and helps with dQ alone.
+
 The exchange has two slots. A warpgroup writes a slot again two steps later; the other one has then come to
 the meeting of the step between, and so has retired the dQ that it read the slot for. Staging has two slots
 as well, and a warp for each, which comes to the meeting of its next step once the slot is free again.
@@ -176,9 +179,16 @@ def _multiply(
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
-    dk, dv = backward_tiles.sweep_queries(
-        _step, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
-    )
+    first_key = tile.first_key + WARPGROUP * ROWS
+    sweep = backward_work.own_sweep_of(operands.call, tile, sweep, first_key, ROWS, BLOCK_M)
+    if WARPGROUP == 0:  # the first query tiles see some of its keys, or they would not be visited
+        dk, dv = backward_tiles.sweep_queries(
+            _step, None, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
+        )
+    else:
+        dk, dv = backward_tiles.sweep_queries(
+            _step, _hidden_step, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
+        )
     # Both have retired all their products: the tiles are no longer needed.
     barriers.meet(barriers.EXCHANGE, THREADS)
     backward_tiles.store(operands, operands.v, WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N)
@@ -198,15 +208,13 @@ def _step(
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dk, dv = gradients
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     queries, douts = operands.queries, operands.douts
     call = operands.call
     step = member * sweep.count + number
     stage, phase = step % STAGES, step // STAGES & 1
     head = tile.head_k * call.group + member
     first_query = sweep.start + number * BLOCK_M
-    all_keys = ring.matrix(operands.k, BLOCK_N, WIDTH)
-    k = all_keys.slice(WARPGROUP * ROWS, ROWS, 0)
+    k = ring.matrix(operands.k, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     v = ring.matrix(operands.v, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
     dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
@@ -232,29 +240,64 @@ def _step(
     # dP holds delta already, and its products are those of S.
     ds = products_grad(head, s, weights, dp, 0.0, None, None, operands.score, None).to(operands.dk.dtype)
 
-    slot = operands.exchange.index(step % 2)
-    slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
-    fence_async_shared()
-    barriers.meet(barriers.EXCHANGE + step % 2, WITH_ANOTHER)
-    no_dq = gl.zeros([ROWS, ROWS], gl.float32, HALF)
-    if BLOCK_M == ROWS:  # halves of the columns
-        half_dot = slot.permute([1, 0])
-        dq = warpgroup_mma(
-            half_dot, all_keys.slice(WARPGROUP * ROWS, ROWS, 1), no_dq, use_acc=False, is_async=True
-        )
-    else:  # halves of the queries
-        half_dot = slot.slice(WARPGROUP * ROWS, ROWS, 1).permute([1, 0])
-        dq = warpgroup_mma(half_dot, all_keys, no_dq, use_acc=False, is_async=True)
+    dq = _exchange(WARPGROUP, operands, step, ds, WIDTH, BLOCK_M, BLOCK_N)
     ds = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
     dk = warpgroup_mma(ds, q, dk, is_async=True)
     dv, p = warpgroup_mma_wait(2, [dv, p])
     barriers.arrive(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
     dq = warpgroup_mma_wait(1, [dq])
+    _stage(WARPGROUP, operands, step, dq)
+    dk, ds = warpgroup_mma_wait(0, [dk, ds])
+    barriers.arrive(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
+    return dk, dv
+
+
+@gluon.jit
+def _hidden_step(
+    WARPGROUP: gl.constexpr, operands, step, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Leave a query tile that sees none of the warpgroup's keys to the other one, and help it with dQ."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    stage, phase = step % STAGES, step // STAGES & 1
+    # To give a stage back before it is filled would be taken for giving back what it held before.
+    mbarrier.wait(operands.queries.full.index(stage), phase)
+    mbarrier.wait(operands.douts.full.index(stage), phase)
+    barriers.arrive(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
+    barriers.arrive(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
+    no_ds = gl.zeros([ROWS, BLOCK_M], operands.dk.dtype, S)
+    dq = _exchange(WARPGROUP, operands, step, no_ds, WIDTH, BLOCK_M, BLOCK_N)
+    dq = warpgroup_mma_wait(0, [dq])
+    _stage(WARPGROUP, operands, step, dq)
+
+
+@gluon.jit
+def _exchange(
+    WARPGROUP: gl.constexpr, operands, step, ds, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Exchange dS with the other warpgroup, and start on half of the tile's dQ."""
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    slot = operands.exchange.index(step % 2)
+    slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
+    fence_async_shared()
+    barriers.meet(barriers.EXCHANGE + step % 2, WITH_ANOTHER)
+    all_keys = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    no_dq = gl.zeros([ROWS, ROWS], gl.float32, HALF)
+    if BLOCK_M == ROWS:  # halves of the columns
+        half_dot = slot.permute([1, 0])
+        half_keys = all_keys.slice(WARPGROUP * ROWS, ROWS, 1)
+    else:  # halves of the queries
+        half_dot = slot.slice(WARPGROUP * ROWS, ROWS, 1).permute([1, 0])
+        half_keys = all_keys
+    return warpgroup_mma(half_dot, half_keys, no_dq, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _stage(WARPGROUP: gl.constexpr, operands, step, dq):
+    """Leave half of a tile of dQ to the warp that sends it."""
     HEIGHT: gl.constexpr = operands.dq_acc.block_shape[0] // 2
     place = operands.staging.index(step % 2).slice(WARPGROUP * HEIGHT, HEIGHT, 0)
     place.store(backward_tiles.as_registers_hold_it(dq))
     fence_async_shared()
     barriers.arrive(barriers.DQ_STAGED + step % 2, WITH_ANOTHER)
-    dk, ds = warpgroup_mma_wait(0, [dk, ds])
-    barriers.arrive(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
-    return dk, dv

@@ -106,7 +106,7 @@ def _make_dv(
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     dv = backward_tiles.sweep_queries(
-        _weigh_step, 0, operands, tile, sweep, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES
+        _weigh_step, None, 0, operands, tile, sweep, dv, WIDTH, BLOCK_M, BLOCK_N, STAGES
     )
     steps = call.group * sweep.count
     if steps > 0:

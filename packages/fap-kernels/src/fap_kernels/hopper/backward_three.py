@@ -127,7 +127,7 @@ def _make_dk_dv(
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
     dk, dv = backward_tiles.sweep_queries(
-        _step, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
+        _step, None, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
     )
     # Nobody else reads the warpgroup's own 64 values.
     backward_tiles.store(operands, operands.v, WARPGROUP, dv * LOWER, operands.dv, tile, WIDTH, BLOCK_N)

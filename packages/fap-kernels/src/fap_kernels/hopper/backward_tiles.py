@@ -102,17 +102,23 @@ def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def sweep_queries(
-    STEP: gl.constexpr, WARPGROUP: gl.constexpr, operands, tile, sweep, gradients, WIDTH: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    STEP: gl.constexpr, HIDDEN_STEP: gl.constexpr, WARPGROUP: gl.constexpr, operands, tile, sweep, gradients,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Take every query tile that sees the keys into the ``gradients``, head after head.
 
     Args:
         STEP: the function that takes in one of them, with or without a mask, and returns the gradients.
+        HIDDEN_STEP: the function for one that sees none of them; None where there is no such tile.
         gradients: what a step starts from, zeros at first.
     """
     for member in range(operands.call.group):
-        for number in range(sweep.leading):
+        if HIDDEN_STEP is not None:
+            for number in range(sweep.hidden):
+                HIDDEN_STEP(
+                    WARPGROUP, operands, member * sweep.count + number, WIDTH, BLOCK_M, BLOCK_N, STAGES
+                )
+        for number in range(sweep.hidden, sweep.leading):
             gradients = STEP(
                 WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N, STAGES,
                 True,

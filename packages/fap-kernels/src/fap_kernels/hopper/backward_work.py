@@ -33,12 +33,14 @@ class Sweep(NamedTuple):
 
     Fields:
         start: first query of the first tile.
-        leading: so many tiles from there on need a mask, because of ``window_right`` or the keys' end.
+        hidden: so many tiles from there on see none of the keys.
+        leading: those from there up to this one need a mask, because of ``window_right`` or the keys' end.
         unmasked_end: those from there up to this one need none; all others do, because of ``window_left``.
         count: how many tiles there are.
     """
 
     start: Any
+    hidden: Any
     leading: Any
     unmasked_end: Any
     count: Any
@@ -79,10 +81,27 @@ def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     outer = tl.where(whole, tl.minimum(visit.outer, end), end)
     return Sweep(
         visit.start,
+        0,
         _tiles_in(visit.start, inner, BLOCK_M),
         _tiles_in(visit.start, outer, BLOCK_M),
         _tiles_in(visit.start, end, BLOCK_M),
     )
+
+
+@triton.jit
+def own_sweep_of(call, tile, sweep, first_key, ROWS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The ``sweep`` of a key tile as those ``ROWS`` of its keys go along with it that start at ``first_key``.
+
+    Under a causal mask the first query tile may see keys before them alone, and all do if they do not exist.
+    """
+    OWN_END: tl.constexpr = call.window_left is None
+    diagonal = tile.seqlen_k - tile.seqlen_q
+    window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
+    visit = tiles.queries_to_visit(window, first_key, ROWS, BLOCK_M, OWN_END)
+    hidden = tl.minimum(tl.maximum(visit.start - sweep.start, 0) // BLOCK_M, sweep.count)
+    hidden = tl.where(first_key < tile.seqlen_k, hidden, sweep.count)
+    leading, unmasked_end = tl.maximum(sweep.leading, hidden), tl.maximum(sweep.unmasked_end, hidden)
+    return Sweep(sweep.start, hidden, leading, unmasked_end, sweep.count)
 
 
 @triton.jit

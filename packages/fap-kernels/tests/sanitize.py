@@ -7,7 +7,8 @@ the Hopper tables, one for each row of the portable ones, and attention to a cac
 append before it. All run once without it, so that Triton's cache is filled. Results are checked too. What a
 process that is not clean says is printed, and the exit code tells whether all were clean.
 
-To run a share by hand: ``compute-sanitizer --tool racecheck python .../sanitize.py --share 0/1``.
+To run some of them by hand, by a word in their names:
+``compute-sanitizer --tool racecheck python .../sanitize.py --share 0/1 --only d64-causal``.
 """
 
 from __future__ import annotations
@@ -143,14 +144,18 @@ def cache_calls(device: str) -> dict[str, Callable[[], None]]:
     }
 
 
-def run_share(share: str, groups: Iterable[str], device: str) -> int:
-    """Run every n-th call from number i on, for a share of "i/n"; how many failed."""
+def run_share(share: str, groups: Iterable[str], device: str, only: str = "") -> int:
+    """Run every n-th call from number i on, for a share of "i/n" of those with ``only`` in their names.
+
+    Returns how many failed.
+    """
     from fap_kernels import target
 
     target._processors_of_index = lambda index: FEW_PROCESSORS
     first, step = map(int, share.split("/"))
     failed = 0
-    for name, call in list(calls(device, groups).items())[first::step]:
+    chosen = [(name, call) for name, call in calls(device, groups).items() if only in name]
+    for name, call in chosen[first::step]:
         try:
             call()
             torch.cuda.synchronize()
@@ -199,11 +204,13 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each tool")
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="the command")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="a word in the names of the calls to run")
     parser.add_argument("--share", help="run this share of the calls here: number/count")
     options = parser.parse_args()
     if options.share is not None:
-        return 1 if run_share(options.share, options.groups, options.device) else 0
+        return 1 if run_share(options.share, options.groups, options.device, options.only) else 0
     python = [sys.executable, __file__, "--device", options.device, "--groups", *options.groups]
+    python += ["--only", options.only]
     bad = 0
     for tool in ("none", *options.tools):
         sanitizer = [] if tool == "none" else [options.sanitizer, "--tool", tool, *COMMON]

@@ -248,6 +248,22 @@ def test_a_share_that_is_not_clean_or_hangs_has_its_exit_code(tmp_path: Path) ->
     assert sanitize.run_all(command, 3, 3.0) == [(0, "ran 0/3\n"), (87, "ran 1/3\n"), (None, "ran 2/3\n")]
 
 
+def test_a_share_runs_the_calls_that_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise AssertionError("wrong")
+
+    calls = {"d64-full": lambda: None, "d64-causal": fail, "d128-causal": lambda: None}
+    monkeypatch.setattr(sanitize, "calls", lambda device, groups: calls)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("fap_kernels.target._processors_of_index", None)  # to be put back
+    assert sanitize.run_share("0/1", ("hopper",), "cpu", only="causal") == 1
+    assert capsys.readouterr().out == "FAILED d64-causal: AssertionError: wrong\nran d128-causal\n"
+    assert sanitize.run_share("1/2", ("hopper",), "cpu", only="causal") == 0
+    assert capsys.readouterr().out == "ran d128-causal\n"
+
+
 def test_calls_for_the_sanitizer_reach_every_row() -> None:
     names = sanitize.calls("cpu")
     assert {str(variant) for variant in variants()} <= set(names)

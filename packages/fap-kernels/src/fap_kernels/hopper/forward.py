@@ -20,12 +20,13 @@ memory, products are asynchronous, and the softmax of one key tile runs beside a
 
 Of packed sequences the fetcher also announces which tile comes next (``fap_kernels.hopper.announcements``).
 
-Keys are swept from the last one down. First come the tiles that need a mask for some row of the warpgroup;
-they take the online softmax, and where they left rows without a key one more does. From there on every row
-has met a key, and with ``OPTIMISTIC`` its maximum so far stays the reference: no maximum, no rescaling, a
-third less work between products. Should a later logit tower so far over it that something overflows, the LSE
-of that row becomes NaN, and ``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not
-finite for the inputs' sake are computed twice as well; nothing else is.
+Keys are swept from the last one down. Those that a later warpgroup alone sees, the others give back as they
+came. First come the tiles that need a mask for some row of the warpgroup; they take the online softmax, and
+where they left rows without a key one more does. From there on every row has met a key, and with
+``OPTIMISTIC`` its maximum so far stays the reference: no maximum, no rescaling, a third less work between
+products. Should a later logit tower so far over it that something overflows, the LSE of that row becomes NaN,
+and ``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not finite for the inputs' sake
+are computed twice as well; nothing else is.
 """
 
 from __future__ import annotations

@@ -106,10 +106,10 @@ def plan_hopper_forward(
 def heads_beside(tiles: int, heads: int, processors: int) -> int:
     """How many of ``heads``, of so many query tiles each, are worked on side by side, under a causal mask.
 
-    With one after the other, the launch ends with the long tiles of the last head, and most ``processors``
-    wait for some: at 64 tiles a head, two heads side by side, for a tenth of the time. More heads than have a
-    tile for each processor would share the cache for nothing. The last ones that are side by side are no
-    fewer.
+    One after the other, the launch ends with the tiles of the last head, the long ones first, and where these
+    are fewer than ``processors``, some have nothing to do: for a tenth of the time at 64 tiles a head. So
+    there are about as many tiles side by side as processors, and among the last heads no fewer; more heads
+    would only share the cache.
     """
     least = min(max(round(processors / max(tiles, 1)), 1), max(heads, 1))
     return next((beside for beside in range(least, 2 * least) if not 0 < heads % beside < least), least)

@@ -7,9 +7,9 @@ A point is a head dimension, a mask with options, and a length. The mask is ``fu
 that of each of the sequences, which then are batch entries; ``packed2048`` packs 32 of 2048 one behind the
 other, ``mixed`` 65,536 tokens in lengths drawn from a log-normal. A configuration is
 width,warpgroups,block_n,stages and fields of HopperConfig by name, as in ``persistent`` or ``beside=2``. All
-are compiled first, in as many processes as there are cores, then timed in turn, beside what the table says,
-the portable kernel, and cuDNN where it has the call. A configuration is right if it agrees with the portable
-kernel.
+are compiled first, in as many processes as there are cores, then take turns, each warmed up by itself, beside
+what the table says, the portable kernel, and cuDNN where it has the call. A configuration is right if it
+agrees with the portable kernel.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import math
 import multiprocessing
 import os
 import random
-import statistics
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from timing import WIDTH, Shape, heat, make_inputs, median, relative_error
+from timing import WIDTH, Shape, heat, make_inputs, relative_error, take_turns
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fap_kernels import use_schedule
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOKENS_PACKED = 65536
-ROUNDS = 3
 
 
 class Task(NamedTuple):
@@ -235,16 +233,13 @@ def measure(task: Task) -> None:
     assert not isinstance(portable, str), portable
     portable()
     expected = point.out.clone()
-    times: dict[str, list[float]] = {name: [] for name, run in candidates.items() if not isinstance(run, str)}
-    for _ in range(ROUNDS):
-        for name, samples in times.items():
-            samples.append(median(candidates[name], 25))  # type: ignore[arg-type]
+    times = take_turns({name: run for name, run in candidates.items() if not isinstance(run, str)})
     print(task.name)
     for name, run in candidates.items():
         if isinstance(run, str):
             print(f"    {name:60} {run}", flush=True)
             continue
-        milliseconds = statistics.median(times[name])
+        milliseconds = times[name]
         wrong = ""
         if name != "cudnn":
             point.out.fill_(torch.nan)

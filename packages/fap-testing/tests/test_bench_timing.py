@@ -60,6 +60,20 @@ def test_calls_take_turns_and_start_them_in_another_order():
     assert "".join(turns).endswith("abcbcacab"), "each round must begin with another call"
 
 
+def test_what_ran_before_is_forgotten_when_a_turn_is_measured():
+    latest, since = "", 0
+
+    def call(name):
+        nonlocal latest, since
+        since = since + 1 if name == latest else 0
+        latest = name
+        return 9.0 if since < 5 else 1.0
+
+    runs = {name: Run(lambda name=name: call(name)) for name in ("a", "b")}
+    results = race(runs, TellingTimer(), Effort(rounds=3, milliseconds=0.1, warmup_ms=5.0))
+    assert [(result.median, result.upper) for result in results.values()] == [(1.0, 1.0)] * 2
+
+
 def test_every_turn_is_inside_the_scope_and_entering_it_is_not_timed():
     inside = []
 

@@ -54,13 +54,14 @@ class Effort:
     Attributes:
         rounds: how many turns each of the compared calls gets.
         milliseconds: of measuring, over all turns together.
-        warmup_ms: of unmeasured calls before the first turn.
+        warmup_ms: of calls at the start of each turn that do not count. At its power limit a GPU sets its
+            clock by what ran before, and another call may draw more power, or less.
         preheat_s: seconds of matrix products before the first measurement of a process.
     """
 
     rounds: int = 5
     milliseconds: float = 100.0
-    warmup_ms: float = 20.0
+    warmup_ms: float = 60.0
     preheat_s: float = 3.0
 
 
@@ -251,7 +252,7 @@ def race(runs: Mapping[str, Run], timer: Timer, effort: Effort) -> dict[str, Spr
         For each name the measurements, or the exception that ended them. It ends no other.
     """
     finished: dict[str, Exception] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, tuple[int, int]] = {}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         try:
@@ -263,15 +264,16 @@ def race(runs: Mapping[str, Run], timer: Timer, effort: Effort) -> dict[str, Spr
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             try:
+                warm, counted = counts[name]
                 with runs[name].scope():
-                    samples[name] += timer.sample(runs[name].call, counts[name])
+                    samples[name] += timer.sample(runs[name].call, warm + counted)[warm:]
             except Exception as error:  # noqa: BLE001, PERF203 - as above
                 finished[name] = error
     return {name: finished[name] if name in finished else spread(samples[name]) for name in runs}
 
 
-def _samples_a_turn(run: Run, timer: Timer, effort: Effort) -> int:
-    """Warm a call up, and tell from its pace how many measurements fit one turn."""
+def _samples_a_turn(run: Run, timer: Timer, effort: Effort) -> tuple[int, int]:
+    """Warm a call up, and tell from its pace how many calls warm up a turn, and how many fit it then."""
     with run.scope():
         run.call()
         timer.synchronize()
@@ -280,5 +282,7 @@ def _samples_a_turn(run: Run, timer: Timer, effort: Effort) -> int:
             begin = time.perf_counter()
             timer.sample(run.call, 1)
             paces.append(1e3 * (time.perf_counter() - begin))
-    fitting = effort.milliseconds / effort.rounds / max(statistics.median(paces), 1e-3)
-    return int(min(max(fitting, _LEAST_SAMPLES_A_TURN), _MOST_SAMPLES_A_TURN))
+    pace = max(statistics.median(paces), 1e-3)
+    fitting = effort.milliseconds / effort.rounds / pace
+    warm = min(effort.warmup_ms / pace, _MOST_SAMPLES_A_TURN)
+    return int(warm), int(min(max(fitting, _LEAST_SAMPLES_A_TURN), _MOST_SAMPLES_A_TURN))

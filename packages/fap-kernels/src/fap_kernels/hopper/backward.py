@@ -181,14 +181,11 @@ def _multiply(
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
     first_key = tile.first_key + WARPGROUP * ROWS
     sweep = backward_work.own_sweep_of(operands.call, tile, sweep, first_key, ROWS, BLOCK_M)
-    if WARPGROUP == 0:  # the first query tiles see some of its keys, or they would not be visited
-        dk, dv = backward_tiles.sweep_queries(
-            _step, None, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
-        )
-    else:
-        dk, dv = backward_tiles.sweep_queries(
-            _step, _hidden_step, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
-        )
+    # The first query tiles see keys of the first warpgroup, or they would not be visited.
+    HIDDEN_STEP: gl.constexpr = None if WARPGROUP == 0 else _hidden_step
+    dk, dv = backward_tiles.sweep_queries(
+        _step, HIDDEN_STEP, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
+    )
     # Both have retired all their products: the tiles are no longer needed.
     barriers.meet(barriers.EXCHANGE, THREADS)
     backward_tiles.store(operands, operands.v, WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -50,51 +49,21 @@ def median(run: Callable[[], Any], milliseconds: int = 60) -> float:
     return float(do_bench(run, warmup=15, rep=milliseconds, return_mode="median"))
 
 
-CALLS = 6
-"""Calls in a graph: so many that the host's share of a replay does not count."""
-
-
-def take_turns(
-    runs: Mapping[str, Callable[[], Any]], rounds: int = 4, warm_up: float = 0.08
-) -> dict[str, float]:
+def take_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 4) -> dict[str, float]:
     """Median milliseconds of each run, all of which must be possible in a CUDA graph.
 
-    They take turns. Each turn starts with ``warm_up`` seconds of the run itself, and each round has another
-    order: at its power limit a GPU sets its clock by what ran before, and what follows a run that draws more,
-    or less, than it does by itself would read up to 9% wrong. Tensors should not fit the L2 cache, which is
-    not flushed.
+    They take turns. Each turn starts with 80 ms of the run itself that do not count, and each round has
+    another order: at its power limit a GPU sets its clock by what ran before, and what follows a run that
+    draws more, or less, than it does by itself would read up to 9% wrong. Tensors should not fit the L2
+    cache, which is not flushed.
     """
-    graphs = {name: _capture(run) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     rng = random.Random(0)
     for _ in range(rounds):
-        for name in rng.sample(list(graphs), len(graphs)):
-            end = time.monotonic() + warm_up
-            while time.monotonic() < end:
-                graphs[name].replay()
-                torch.cuda.synchronize()
-            samples[name] += [_replay(graphs[name]) for _ in range(8)]
+        for name in rng.sample(list(runs), len(runs)):
+            # Ten replays of a graph of 20 ms.
+            samples[name] += do_bench_cudagraph(runs[name], rep=20, return_mode="all")[4:]
     return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def _capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            run()
-    return graph
-
-
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Milliseconds of one call of a graph."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-    begin.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / CALLS
 
 
 def heat(seconds: float = 1.0) -> None:

@@ -7,40 +7,63 @@ the Hopper tables, one for each row of the portable ones, and attention to a cac
 append before it. All run once without it, so that Triton's cache is filled. Results are checked too. What a
 process that is not clean says is printed, and the exit code tells whether all were clean.
 
-To run some of them by hand, by a word in their names:
+Of kernels with partitions racecheck reports the byte by which Triton tells its worker warps what to run. Such
+reports, and no others, are set aside, and counted; ``judge`` says how they are known.
+
+To run some of them, by a word in their names:
+``python packages/fap-kernels/tests/sanitize.py racecheck --jobs 1 --only d64-causal``.
+To see all that compute-sanitizer says, those reports too:
 ``compute-sanitizer --tool racecheck python .../sanitize.py --share 0/1 --only d64-causal``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 SEEN = 87
 """What compute-sanitizer exits with where it has found something."""
 # Ours, by their names: PyTorch's own cost time.
 KERNELS = ("hopper_", "attention_", "kvcache_append", "rotary_kernel")
 COMMON = (
-    "--error-exitcode", str(SEEN), "--report-api-errors", "no", "--print-limit", "20",
+    "--error-exitcode", str(SEEN), "--report-api-errors", "no",
     *(word for name in KERNELS for word in ("--kernel-name", f"kns={name}")),
 )  # fmt: skip
+PRINT_LIMIT = "20"
+"""How many errors a tool prints, but for racecheck, which prints all: each must be known to be set aside."""
 # Memory that is not cached, so that each tensor has an end.
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 GROUPS = ("hopper", "portable", "cache")
 FEW_PROCESSORS = 4
 """So many does the GPU seem to have: persistent programs then take several tiles of a tiny problem."""
+NONE_FAILED = "no call of this share failed"
+"""The last that a share says. compute-sanitizer's exit code may stand in for the share's own."""
+
+MARK = "========="
+"""What each line of compute-sanitizer's begins with."""
+PLACE = r"(?P<kernel>\w+)\+0x[0-9a-f]+ in (?P<file>\S+):(?P<line>\d+)"
+READ = re.compile(rf"{MARK} Error: Race reported between Read access at {PLACE}")
+WRITE = re.compile(rf"{MARK}     and Write access at {PLACE} \[\d+ hazards?\]")
+SUMMARY = re.compile(
+    rf"{MARK} RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)"
+)
+TITLES = (MARK, f"{MARK} COMPUTE-SANITIZER")
 
 
 def calls(device: str, groups: Iterable[str] = GROUPS) -> dict[str, Callable[[], None]]:
@@ -163,6 +186,8 @@ def run_share(share: str, groups: Iterable[str], device: str, only: str = "") ->
         except Exception as error:  # noqa: BLE001 - the others still count
             failed += 1
             print(f"FAILED {name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+    if not failed:
+        print(NONE_FAILED, flush=True)
     return failed
 
 
@@ -194,6 +219,150 @@ def run_all(command: list[str], jobs: int, timeout: float) -> list[tuple[int | N
     return results
 
 
+@dataclass(frozen=True)
+class Places:
+    """Lines of a kernel with partitions to which accesses of Triton's own are attributed.
+
+    Attributes:
+        file: the name of the kernel's file, without folders, as compute-sanitizer gives it.
+        entry: from the first decorator to the line of ``def``, which worker warps have where they read what
+            to run, and the kernel's first warps where they tell them.
+        partitions: where a statement of the body begins that calls ``warp_specialize``, and where the call
+            does. That workers are to end is told them at the kernel's end, which up to Triton 3.7 has the
+            line where its last statement begins, the call or an ``if`` around it; with 3.9 that of ``def``.
+    """
+
+    file: str
+    entry: frozenset[int]
+    partitions: frozenset[int]
+
+
+def places_of_triton(folder: Path | None = None) -> dict[str, Places]:
+    """Those of each kernel with partitions, by its name, in the modules of a folder, or the Hopper ones."""
+    if folder is None:
+        from fap_kernels import hopper
+
+        folder = Path(hopper.__path__[0])
+    places = {}
+    for path in sorted(folder.glob("*.py")):
+        # They are read, since without Gluon some cannot be imported.
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            partitions = {line for statement in function.body for line in lines_of_partitions(statement)}
+            if partitions:
+                first = min([function.lineno, *(node.lineno for node in function.decorator_list)])
+                entry = range(first, function.lineno + 1)
+                places[function.name] = Places(path.name, frozenset(entry), frozenset(partitions))
+    return places
+
+
+def lines_of_partitions(statement: ast.stmt) -> Iterator[int]:
+    """Where it begins, and where each call of ``warp_specialize`` in it does; nothing where there is none."""
+    for call in ast.walk(statement):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "warp_specialize":
+            yield statement.lineno
+            yield from range(call.lineno, (call.func.end_lineno or call.lineno) + 1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of a share.
+
+    Attributes:
+        clean: whether nothing was found but what is set aside.
+        rest: the output, less that.
+        set_aside: how many reports that is, by kernel.
+    """
+
+    clean: bool
+    rest: str
+    set_aside: Counter[str] = field(default_factory=Counter)
+
+
+def judge(tool: str, code: int | None, text: str, places: dict[str, Places]) -> Verdict:
+    """Judge a share by its exit code and output, setting aside what racecheck reports of Triton itself.
+
+    Worker warps read a byte of shared memory for the number of the function that they are to run, and the
+    kernel's first warps write it. Barriers of all warps keep the two apart, but racecheck reports them, of
+    kernels of a few lines too. It is known by its lines: a read at the kernel's entry, and writes there or
+    where the partitions are made. What partitions themselves do has other lines.
+
+    A share with errors is clean only if all are of this kind: as many as the summary counts, nothing else
+    that compute-sanitizer says, and no call that failed.
+    """
+    if tool != "racecheck":
+        return Verdict(code == 0, text)
+    set_aside: Counter[str] = Counter()
+    rest: list[str] = []
+    for block in blocks(text):
+        kernel = kernel_of_tritons_own(block, places)
+        if kernel is None:
+            rest += block
+        else:
+            set_aside[kernel] += 1
+    said = [line for line in rest if MARK in line and line not in TITLES]
+    if code == 0:
+        clean = not any("Error" in line for line in said)
+    else:
+        own = set_aside.total()
+        counted = [match and tuple(map(int, match.groups())) for match in map(SUMMARY.fullmatch, said)]
+        # The summary alone: so many hazards, all of them errors.
+        clean = code == SEEN and own > 0 and counted == [(own, own, 0)] and NONE_FAILED in rest
+    return Verdict(clean, "\n".join(rest), set_aside)
+
+
+def blocks(text: str) -> list[list[str]]:
+    """The lines of an output, those of a report together; lines of the share's own may stand among them."""
+    split: list[list[str]] = []
+    latest: list[str] | None = None
+    for line in map(str.rstrip, text.splitlines()):
+        if latest is not None and (line == MARK or line.startswith(f"{MARK}  ")):
+            latest.append(line)
+            continue
+        split.append([line])
+        if line.startswith(MARK):
+            latest = split[-1] if "Race reported" in line else None
+    return split
+
+
+def kernel_of_tritons_own(block: list[str], places: dict[str, Places]) -> str | None:
+    """The kernel in which a report has seen Triton itself, and nothing else; None for anything else."""
+    read = READ.fullmatch(block[0])
+    known = places.get(read["kernel"]) if read else None
+    if read is None or known is None:
+        return None
+    writes = [WRITE.fullmatch(line) for line in block[1:] if line != MARK]
+    place = (read["kernel"], known.file)
+    reads_there = read["file"] == known.file and int(read["line"]) in known.entry
+    writes_there = [
+        write is not None
+        and write.group("kernel", "file") == place
+        and int(write["line"]) in known.entry | known.partitions
+        for write in writes
+    ]
+    return read["kernel"] if reads_there and writes and all(writes_there) else None
+
+
+def report(
+    tool: str, results: list[tuple[int | None, str]], seconds: float, places: dict[str, Places]
+) -> int:
+    """Print what the shares have come to under a tool, and return how many are not clean."""
+    ran = sum(text.count("\nran ") + text.startswith("ran ") for _, text in results)
+    verdicts = [judge(tool, code, text, places) for code, text in results]
+    codes = (code for code, _ in results)
+    dirty = [(code, verdict) for code, verdict in zip(codes, verdicts, strict=True) if not verdict.clean]
+    print(f"{tool}: {ran} calls, {len(dirty)} shares not clean, {seconds:.0f} s")
+    if tool == "racecheck":
+        set_aside = sum((verdict.set_aside for verdict in verdicts), Counter())
+        by_kernel = "".join(f", {count} in {kernel}" for kernel, count in sorted(set_aside.items()))
+        print(f"{tool}: {set_aside.total()} reports set aside as Triton's own{by_kernel}", flush=True)
+    for code, verdict in dirty:
+        less = f", less {verdict.set_aside.total()} reports set aside" if verdict.set_aside else ""
+        print(f"exit code {code}{less}\n{verdict.rest[-6000:]}", flush=True)
+    return len(dirty)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,17 +380,15 @@ def main() -> int:
         return 1 if run_share(options.share, options.groups, options.device, options.only) else 0
     python = [sys.executable, __file__, "--device", options.device, "--groups", *options.groups]
     python += ["--only", options.only]
+    places = places_of_triton()
     bad = 0
     for tool in ("none", *options.tools):
-        sanitizer = [] if tool == "none" else [options.sanitizer, "--tool", tool, *COMMON]
+        limit = "0" if tool == "racecheck" else PRINT_LIMIT  # 0: no limit
+        sanitizer = [options.sanitizer, "--tool", tool, "--print-limit", limit, *COMMON]
         begin = time.monotonic()
-        results = run_all([*sanitizer, *python], options.jobs, options.timeout)
-        ran = sum(text.count("\nran ") + text.startswith("ran ") for _, text in results)
-        dirty = [(code, text) for code, text in results if code != 0]
-        bad += len(dirty)
-        print(f"{tool}: {ran} calls, {len(dirty)} shares not clean, {time.monotonic() - begin:.0f} s")
-        for code, text in dirty:
-            print(f"exit code {code}\n{text[-6000:]}", flush=True)
+        command = python if tool == "none" else [*sanitizer, *python]
+        results = run_all(command, options.jobs, options.timeout)
+        bad += report(tool, results, time.monotonic() - begin, places)
     return 1 if bad else 0
 
 

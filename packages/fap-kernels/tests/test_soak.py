@@ -261,7 +261,7 @@ def test_a_share_runs_the_calls_that_it_is_asked_for(
     assert sanitize.run_share("0/1", ("hopper",), "cpu", only="causal") == 1
     assert capsys.readouterr().out == "FAILED d64-causal: AssertionError: wrong\nran d128-causal\n"
     assert sanitize.run_share("1/2", ("hopper",), "cpu", only="causal") == 0
-    assert capsys.readouterr().out == "ran d128-causal\n"
+    assert capsys.readouterr().out == f"ran d128-causal\n{sanitize.NONE_FAILED}\n"
 
 
 def test_calls_for_the_sanitizer_reach_every_row() -> None:

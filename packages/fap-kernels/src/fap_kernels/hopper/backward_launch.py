@@ -10,7 +10,7 @@ from ..backward.config import DELTA, ROW_PADDING
 from ..backward.launch import plan_delta
 from ..launch import Launch, packing_arguments, score_arguments, strides_of, tiles_of
 from .config import BACKWARD, LIFT, WARPGROUP_ROWS, BackwardConfig, choose
-from .launch import tile_descriptor
+from .launch import heads_beside, tile_descriptor
 from .query_grads import hopper_query_grads_kernel
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ LINE = 256
 """Numbers in a line of ``dq_acc`` as the TMA unit sees it, the most it takes; a 64 x 64 tile is 16 lines."""
 
 BESIDE = 128
-"""Where all add in a fixed order, so many key tiles, of several heads, are worked on side by side at least:
-about as many as there are multiprocessors. Fewer tiles of more heads wait for each other less."""
+"""So many key tiles, of several heads where one has fewer, are worked on side by side: about as many as there
+are multiprocessors. Where all add in a fixed order, fewer tiles of more heads wait for each other less."""
 
 
 def empty_dq_acc(
@@ -233,7 +233,12 @@ def _in_order_by_three(
 def _heads_beside(problem: AttentionProblem, config: BackwardConfig, in_order: bool) -> int:
     """How many key heads are worked on side by side, where all have equally many key tiles."""
     key_tiles = max(-(-problem.seqlen_k // config.block_n), 1)
-    return max(BESIDE // key_tiles, 1) if in_order else 1
+    if in_order:
+        return max(BESIDE // key_tiles, 1)
+    if problem.window_right >= 0:
+        # As query tiles of the forward: the launch shall not end with the long ones of one head alone.
+        return heads_beside(key_tiles, problem.batch * problem.nheads_k, BESIDE)
+    return 1
 
 
 def _plain_descriptor(x: torch.Tensor, block: list[int]) -> Any:

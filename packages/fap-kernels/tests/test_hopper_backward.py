@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between, left_unset
-from test_hopper import describe, gluon_is_here
+from test_hopper import PROCESSORS, describe, gluon_is_here
 
 from fap_kernels import explain_schedule, use_schedule
 from fap_kernels.backward.config import padded_rows
@@ -33,7 +33,9 @@ def launches_of(config: BackwardConfig | None = None, **call: Any) -> list[Launc
     problem, inputs = describe(**call)[0], inputs_of(**call)
     q, dk, dv = inputs.q, torch.empty_like(inputs.k), torch.empty_like(inputs.v)
     lse = torch.empty(1, problem.nheads, q.shape[1])
-    launches, _ = plan_hopper_backward(problem, inputs, q, lse, None, torch.empty_like(q), dk, dv, config)
+    launches, _ = plan_hopper_backward(
+        problem, PROCESSORS, inputs, q, lse, None, torch.empty_like(q), dk, dv, config
+    )
     return launches
 
 

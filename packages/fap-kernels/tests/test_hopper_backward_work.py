@@ -49,7 +49,7 @@ def list_work(
         None,
     )
     tile = backward_work.key_tile_of(call, tl.program_id(0), BLOCK_N, LAST_FIRST)
-    sweep = backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    sweep = backward_work.sweep_of(call, tile, 0, 0, BLOCK_M, BLOCK_N)
     row = found + tl.program_id(0) * 17
     tl.store(row, tile.batch)
     tl.store(row + 1, tile.head_k)
@@ -240,6 +240,38 @@ def test_a_few_programs_at_a_time_add_everything(warps: int, seed: int, resident
             warp for sent in running for warp in sent if warp and additions.get(warp[0][0], 0) >= warp[0][1]
         ]
         assert able or not any(any(warps) for warps in running), "all wait for each other"
+        if able:
+            tile, before = rng.choice(able).pop(0)
+            assert additions.get(tile, 0) == before, "out of order"
+            additions[tile] = before + 1
+
+
+@pytest.mark.parametrize("resident", [1, 2, 7])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_a_few_programs_that_stay_add_everything(ahead: int, seed: int, resident: int) -> None:
+    """Some of many programs never get to run before the others end. Those draw tiles, also some ahead."""
+    drawn = draw(seed)._replace(last_first=True)
+    found, waits = programs(*drawn)
+    additions: dict[tuple[int, ...], int] = {}
+    rng = random.Random(seed)
+    left = [
+        [
+            ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
+            for member in range(drawn.group)
+            for number in range(row[10])
+        ]
+        for index, row in enumerate(found)
+    ]
+    running: list[list[Any]] = [[] for _ in range(resident)]
+    while left or any(running):
+        for tiles in rng.sample(running, resident):
+            tiles[:] = [tile for tile in tiles if tile]
+            while left and len(tiles) <= ahead:
+                tiles.append(left.pop(0))
+        able = [tiles[0] for tiles in running if tiles and tiles[0]]
+        able = [tile for tile in able if additions.get(tile[0][0], 0) >= tile[0][1]]
+        assert able or not any(any(tiles) for tiles in running), "all wait for each other"
         if able:
             tile, before = rng.choice(able).pop(0)
             assert additions.get(tile, 0) == before, "out of order"

@@ -148,14 +148,16 @@ def plan_backward_by_schedule(
         RuntimeError: an explicitly chosen schedule does not compute this call.
     """
     from .backward.launch import plan_delta, plan_dkdv, plan_dq
-    from .target import target_of
+    from .target import processors_of, target_of
 
     target = target_of(inputs.q.device)
     tensors = (inputs.q, inputs.k, inputs.v, inputs.dout)
     if _hopper_computes(problem, target, tensors, backward=True):
         from .hopper.backward_launch import plan_hopper_backward
 
-        return plan_hopper_backward(problem, inputs, out, softmax_lse, dlse, dq, dk, dv)
+        return plan_hopper_backward(
+            problem, processors_of(inputs.q.device), inputs, out, softmax_lse, dlse, dq, dk, dv
+        )
     return [
         plan_delta(problem, out, softmax_lse, dlse, inputs),
         plan_dkdv(problem, target, inputs, dk, dv),

@@ -60,6 +60,7 @@ def plan_delta(
     inputs: BackwardInputs,
     dq_acc: torch.Tensor | None = None,
     additions: torch.Tensor | None = None,
+    tickets: torch.Tensor | None = None,
     lift: int = 0,
     negative: bool = False,
     release: bool = False,
@@ -69,6 +70,7 @@ def plan_delta(
     Args:
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
+        tickets: int32 ``(1,)``; likewise.
         lift: lower the LSE by so much, so that weights come out 2^lift times as large.
         negative: fill ``inputs.delta`` with ``-delta``.
         release: let the launch that follows start while this one runs, if it is one that overlaps.
@@ -92,6 +94,7 @@ def plan_delta(
             "delta": inputs.delta,
             "dq_acc": dq_acc,
             "additions": additions,
+            "tickets": tickets,
             "lift": float(lift),
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,

@@ -1,7 +1,9 @@
-"""Announcements: the warp that fetches says which query tile of packed sequences comes next.
+"""Announcements: the warp that fetches says what comes next, where the others cannot know it.
 
-To find out takes a bisection, for which the warpgroups that multiply have neither the time, at the end of
-each tile, nor the registers. The warp that fetches knows two key tiles earlier than they need to.
+That is which query tile of packed sequences comes next. To find out takes a bisection, for which the
+warpgroups that multiply have neither the time, at the end of each tile, nor the registers. The warp that
+fetches knows two key tiles earlier than they need to. In the backward it is the key tile of which that warp
+has drawn the ticket.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from . import ring, work
+from . import backward_work, ring, work
 
 SLOTS = gl.constexpr(2)
-NUMBERS = gl.constexpr(8)
+NUMBERS = gl.constexpr(10)
 
 
 class Board(NamedTuple):
@@ -24,7 +26,7 @@ class Board(NamedTuple):
     Fields:
         numbers: shared memory, ``NUMBERS`` int32 a slot: whether there is a tile, and where it is.
         full: one barrier a slot; a phase of it ends when an announcement stands there.
-        empty: one barrier a slot; a phase of it ends when every warpgroup has heard it.
+        empty: one barrier a slot; a phase of it ends when everyone has heard it.
     """
 
     numbers: Any
@@ -34,7 +36,7 @@ class Board(NamedTuple):
 
 @gluon.jit
 def make_board(HEARERS: gl.constexpr):
-    """An empty board before ``HEARERS`` warpgroups."""
+    """An empty board before ``HEARERS`` partitions."""
     single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * NUMBERS, 1], single)
     full, empty = ring.make_barriers(SLOTS, HEARERS)
@@ -48,9 +50,7 @@ def announce(board, number, there: gl.constexpr, tile):
     Without a board, nothing is said.
     """
     if board is not None:
-        slot = number % SLOTS
-        mbarrier.wait(board.empty.index(slot), (number // SLOTS & 1) ^ 1)
-        first = slot * NUMBERS
+        slot, first = _free_slot(board, number)
         _write(board.numbers, first, 1 if there else 0)
         _write(board.numbers, first + 1, tile.batch)
         _write(board.numbers, first + 2, tile.head)
@@ -60,6 +60,49 @@ def announce(board, number, there: gl.constexpr, tile):
         _write(board.numbers, first + 6, tile.k_start)
         _write(board.numbers, first + 7, tile.seqlen_k)
         mbarrier.arrive(board.full.index(slot))
+
+
+@gluon.jit
+def announce_keys(board, number, there: gl.constexpr, tile):
+    """Say that key tile number ``number`` of this program is ``tile``, or that there is none.
+
+    For one warp.
+    """
+    slot, first = _free_slot(board, number)
+    _write(board.numbers, first, 1 if there else 0)
+    _write(board.numbers, first + 1, tile.batch)
+    _write(board.numbers, first + 2, tile.head_k)
+    _write(board.numbers, first + 3, tile.first_key)
+    _write(board.numbers, first + 4, tile.q_batch)
+    _write(board.numbers, first + 5, tile.q_start)
+    _write(board.numbers, first + 6, tile.seqlen_q)
+    _write(board.numbers, first + 7, tile.k_batch)
+    _write(board.numbers, first + 8, tile.k_start)
+    _write(board.numbers, first + 9, tile.seqlen_k)
+    mbarrier.arrive(board.full.index(slot))
+
+
+@gluon.jit
+def keys_at(board, number, WARPS: gl.constexpr):
+    """Whether there is a key tile number ``number``, and the tile; for a partition of so many warps."""
+    slot = number % SLOTS
+    mbarrier.wait(board.full.index(slot), number // SLOTS & 1)
+    first = slot * NUMBERS
+    there = _read(board.numbers, first, WARPS) > 0
+    batch = _read(board.numbers, first + 1, WARPS)
+    head_k = _read(board.numbers, first + 2, WARPS)
+    first_key = _read(board.numbers, first + 3, WARPS)
+    q_batch = _read(board.numbers, first + 4, WARPS)
+    q_start = _read(board.numbers, first + 5, WARPS)
+    seqlen_q = _read(board.numbers, first + 6, WARPS)
+    k_batch = _read(board.numbers, first + 7, WARPS)
+    k_start = _read(board.numbers, first + 8, WARPS)
+    seqlen_k = _read(board.numbers, first + 9, WARPS)
+    mbarrier.arrive(board.empty.index(slot))
+    tile = backward_work.KeyTile(
+        batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k
+    )
+    return there, tile
 
 
 @gluon.jit
@@ -81,16 +124,24 @@ def _hear(board, number):
     slot = number % SLOTS
     mbarrier.wait(board.full.index(slot), number // SLOTS & 1)
     first = slot * NUMBERS
-    there = _read(board.numbers, first) > 0
-    batch = _read(board.numbers, first + 1)
-    head = _read(board.numbers, first + 2)
-    first_query = _read(board.numbers, first + 3)
-    q_start = _read(board.numbers, first + 4)
-    seqlen_q = _read(board.numbers, first + 5)
-    k_start = _read(board.numbers, first + 6)
-    seqlen_k = _read(board.numbers, first + 7)
+    there = _read(board.numbers, first, 4) > 0
+    batch = _read(board.numbers, first + 1, 4)
+    head = _read(board.numbers, first + 2, 4)
+    first_query = _read(board.numbers, first + 3, 4)
+    q_start = _read(board.numbers, first + 4, 4)
+    seqlen_q = _read(board.numbers, first + 5, 4)
+    k_start = _read(board.numbers, first + 6, 4)
+    seqlen_k = _read(board.numbers, first + 7, 4)
     mbarrier.arrive(board.empty.index(slot))
     return there, work.Tile(batch, head, first_query, 0, q_start, seqlen_q, 0, k_start, seqlen_k)
+
+
+@gluon.jit
+def _free_slot(board, number):
+    """The slot of announcement ``number``, once it is empty, and where its numbers begin."""
+    slot = number % SLOTS
+    mbarrier.wait(board.empty.index(slot), (number // SLOTS & 1) ^ 1)
+    return slot, slot * NUMBERS
 
 
 @gluon.jit
@@ -100,6 +151,6 @@ def _write(numbers, place, value):
 
 
 @gluon.jit
-def _read(numbers, place):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+def _read(numbers, place, WARPS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return gl.max(numbers.index(place).load(LAYOUT), 0)

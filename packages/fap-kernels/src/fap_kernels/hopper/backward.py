@@ -50,11 +50,8 @@ from ..backward.step import products_grad
 from ..language import grid, rows, scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, backward_work, barriers, order, ring, work
-from .backward_tiles import ROWS, THREADS
+from .backward_tiles import ROWS, THREADS, WITH_ANOTHER
 from .compat import tma_add, tma_store
-
-WITH_ANOTHER = gl.constexpr(288)
-"""Of them and a warp: the one that fetches, or one that sends."""
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -85,7 +82,8 @@ def hopper_backward_kernel(
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, additions, rows_padded,
+        None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, additions,
+        rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.

@@ -22,10 +22,6 @@ __all__ = ["empty_additions", "empty_dq_acc", "plan_hopper_backward", "plan_quer
 LINE = 256
 """Numbers in a line of ``dq_acc`` as the TMA unit sees it, the most it takes; a 64 x 64 tile is 16 lines."""
 
-BESIDE = 128
-"""So many key tiles, of several heads where one has fewer, are worked on side by side: about as many as there
-are multiprocessors. Where all add in a fixed order, fewer tiles of more heads wait for each other less."""
-
 
 def empty_dq_acc(
     problem: AttentionProblem, inputs: BackwardInputs, config: BackwardConfig | None = None
@@ -50,6 +46,7 @@ def empty_additions(
 
 def plan_hopper_backward(
     problem: AttentionProblem,
+    processors: int,
     inputs: BackwardInputs,
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
@@ -62,6 +59,7 @@ def plan_hopper_backward(
     """The launches that fill ``dq``, ``dk`` and ``dv``, and the memory that they need besides, by name.
 
     Args:
+        processors: multiprocessors of the chip.
         inputs: its ``lse`` and ``delta`` are filled as well.
         out, softmax_lse, dlse: of the forward pass; the vectors contiguous.
         config: overrides the table, in all functions of this module.
@@ -73,11 +71,17 @@ def plan_hopper_backward(
     workspaces = zeroed = {"dq_acc": dq_acc}
     if additions is not None:
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
-    lift = _lift(problem, config)
     finishes = _finishes(problem, config, additions)
+    gradients = _plan_gradients(
+        problem, processors, inputs, dq_acc, dq if finishes else None, dk, dv, additions, config
+    )
+    tickets = gradients.arguments.get("tickets")
+    if tickets is not None:
+        workspaces, zeroed = workspaces | {"tickets": tickets}, zeroed | {"tickets": tickets}
+    lift = _lift(problem, config)
     launches = [
         plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, release=True, **zeroed),
-        _plan_gradients(problem, inputs, dq_acc, dq if finishes else None, dk, dv, additions, config),
+        gradients,
     ]
     if not finishes:
         launches.append(plan_query_grads(problem, inputs, dq_acc, dq, additions, config))
@@ -86,6 +90,7 @@ def plan_hopper_backward(
 
 def _plan_gradients(
     problem: AttentionProblem,
+    processors: int,
     inputs: BackwardInputs,
     dq_acc: torch.Tensor,
     dq: torch.Tensor | None,
@@ -105,20 +110,26 @@ def _plan_gradients(
 
     if config.relay and additions is not None:
         raise ValueError("the relay adds up dQ in no fixed order")
+    tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
+    programs = items = problem.nheads_k * tiles
+    own: dict[str, Any]  # what only one of the kernels takes
     if config.relay:
-        kernel, order = hopper_backward_relay_kernel, {}
+        kernel, own = hopper_backward_relay_kernel, {}
     elif _in_three(problem, config):
-        kernel, order = hopper_backward_three_kernel, _in_order_by_three(additions, dq_acc, dq)
+        kernel, own = hopper_backward_three_kernel, _in_order_by_three(additions, dq_acc, dq)
+        programs = min(processors, items)
+        # Where each program has but one tile, there is none to draw.
+        drawn = torch.empty(1, dtype=torch.int32, device=inputs.q.device) if items > programs else None
+        own["tickets"] = drawn
     else:
-        kernel, order = hopper_backward_kernel, {"additions": additions}
+        kernel, own = hopper_backward_kernel, {"additions": additions}
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
     dq_tiles = 2 if kernel is hopper_backward_kernel else 1
-    tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
-    items = problem.nheads_k * tiles
     packed = problem.packed
+    beside = None if packed else _heads_beside(problem, processors, config, additions is not None)
     return Launch(
         kernel=kernel,
-        programs=items,
+        programs=programs,
         arguments={
             "q_part0": tile_descriptor(inputs.q, config.block_m, config.width, packed),
             "k_part0": tile_descriptor(inputs.k, config.block_n, config.width, packed),
@@ -129,8 +140,8 @@ def _plan_gradients(
             "lse_part0": _plain_descriptor(inputs.lse, [config.block_m]),
             "delta_part0": _plain_descriptor(inputs.delta, [config.block_m]),
             "dq_acc_part0": _plain_descriptor(dq_acc, [dq_tiles * WARPGROUP_ROWS**2 // LINE, LINE]),
-            **order,
-            "heads_beside": None if packed else _heads_beside(problem, config, additions is not None),
+            **own,
+            "heads_beside": beside,
             "rows_padded": inputs.delta.shape[2],
             **packing_arguments(inputs.packing),
             **slots,
@@ -230,14 +241,15 @@ def _in_order_by_three(
     return {"additions": additions, "dq_part0": part, "dq_acc": None if dq is None else dq_acc}
 
 
-def _heads_beside(problem: AttentionProblem, config: BackwardConfig, in_order: bool) -> int:
+def _heads_beside(problem: AttentionProblem, processors: int, config: BackwardConfig, in_order: bool) -> int:
     """How many key heads are worked on side by side, where all have equally many key tiles."""
     key_tiles = max(-(-problem.seqlen_k // config.block_n), 1)
     if in_order:
-        return max(BESIDE // key_tiles, 1)
+        # Fewer tiles of more heads wait for each other less.
+        return max(processors // key_tiles, 1)
     if problem.window_right >= 0:
         # As query tiles of the forward: the launch shall not end with the long ones of one head alone.
-        return heads_beside(key_tiles, problem.batch * problem.nheads_k, BESIDE)
+        return heads_beside(key_tiles, problem.batch * problem.nheads_k, processors)
     return 1
 
 

@@ -78,7 +78,7 @@ def hopper_backward_relay_kernel(
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, rows_padded,
+        None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     LOWERED: gl.constexpr = LOWER if q_part0.dtype == gl.bfloat16 else 1.0

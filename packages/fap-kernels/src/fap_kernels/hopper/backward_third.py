@@ -1,8 +1,8 @@
-"""The third warpgroup of the Hopper backward: it makes dQ of what the other two hand on, and fetches.
+"""The third warpgroup of the Hopper backward: it makes dQ of what the other two hand on.
 
 It multiplies dS, which comes in a slot of the exchange, by the keys, in tiles of 64 x 64, and has the TMA
-unit add them up in memory, by itself or, where the order is fixed, by other warps. Between its products it
-refills the stages that the others have given back.
+unit add them up in memory, by itself or, where the order is fixed, by other warps. Where no warp is left to
+fetch, it does that too: between its products it refills the stages that the others have given back.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..language import grid
-from . import backward_tiles, backward_work, barriers, order, ring
-from .backward_tiles import ROWS, THREADS
+from . import announcements, backward_tiles, backward_work, barriers, order, ring
+from .backward_tiles import KEY_TILES, ROWS, THREADS
 from .compat import reinterpret, tma_add, tma_store
 
 SLOTS = gl.constexpr(2)
@@ -55,7 +55,7 @@ def make_dq(
     operands, parts, HANDING_ON: gl.constexpr, LOWER: gl.constexpr, WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr,
 ):  # fmt: skip
-    """Fetch the key tile, and query tiles as stages become free; make dQ.
+    """Make dQ of a program's only key tile, which it fetches, and query tiles as stages become free.
 
     Args:
         parts: the descriptors of q, k, v, dout, lse and -delta.
@@ -67,26 +67,71 @@ def make_dq(
     steps = operands.call.group * sweep.count
     _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, STAGES, PADDING)
     mbarrier.wait(operands.k_full, 0, pred=steps > 0)
-    if operands.dq is None:
-        for step in range(steps):
-            _make_tiles(
-                operands, parts, tile, sweep, step, steps, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                PADDING, False,
-            )  # fmt: skip
-    elif tile.first_key == 0:
-        # Nobody adds after the first key tile.
-        for step in range(steps):
-            _make_tiles(
-                operands, parts, tile, sweep, step, steps, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                PADDING, True,
-            )  # fmt: skip
-    else:
-        for step in range(steps):
-            _make_tiles(
-                operands, parts, tile, sweep, step, steps, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                PADDING, False,
-            )  # fmt: skip
+    for step in range(steps):
+        _make_tiles(
+            operands, operands.k, parts, tile, sweep, step, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M,
+            BLOCK_N, STAGES, PADDING, False,
+        )  # fmt: skip
     tma.store_wait(0)
+
+
+@gluon.jit
+def make_dq_of_all(
+    operands, HANDING_ON: gl.constexpr, LOWER: gl.constexpr, WIDTH: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr,
+):  # fmt: skip
+    """Make dQ of one key tile after the other, as they are announced; another warp fetches.
+
+    ``handed`` is of how many steps it has handed dQ to the warps that send. The arguments are those of
+    :func:`make_dq`.
+    """
+    grid.wait_for_previous()
+    number, steps_before, handed = 0, 0, 0
+    there, tile = announcements.keys_at(operands.board, 0, 4)
+    while there:
+        sweep = backward_work.sweep_of(operands.call, tile, number, steps_before, BLOCK_M, BLOCK_N)
+        steps = operands.call.group * sweep.count
+        place = number % KEY_TILES
+        k = operands.k.index(place)
+        mbarrier.wait(operands.k_full.index(place), number // KEY_TILES & 1)
+        if operands.dq is None:
+            for step in range(steps):
+                _make_tiles(
+                    operands, k, None, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M,
+                    BLOCK_N, STAGES, PADDING, False,
+                )  # fmt: skip
+            handed += steps
+        elif tile.first_key == 0:
+            # Nobody adds after the first key tile. Before it writes through the staging memory, what was
+            # handed on there must have left.
+            _wait_until_sent(operands, handed, WIDTH, BLOCK_M)
+            for step in range(steps):
+                _make_tiles(
+                    operands, k, None, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M,
+                    BLOCK_N, STAGES, PADDING, True,
+                )  # fmt: skip
+            tma.store_wait(0)
+        else:
+            for step in range(steps):
+                _make_tiles(
+                    operands, k, None, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M,
+                    BLOCK_N, STAGES, PADDING, False,
+                )  # fmt: skip
+            handed += steps
+        mbarrier.arrive(operands.keys_free.index(place))
+        number += 1
+        steps_before += steps
+        there, tile = announcements.keys_at(operands.board, number, 4)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _wait_until_sent(operands, handed, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Wait until all that was handed on, in so many steps, has left the staging memory."""
+    PLACES: gl.constexpr = operands.staging.shape[0]
+    turns = handed * (BLOCK_M * WIDTH // (ROWS * ROWS) // PLACES)
+    for place in gl.static_range(PLACES):
+        mbarrier.wait(operands.handover.empty.index(place), (turns - 1) & 1, pred=turns > 0)
 
 
 @gluon.jit
@@ -110,22 +155,25 @@ def _fetch_first(
 
 @gluon.jit
 def _make_tiles(
-    operands, parts, tile, sweep, step, steps, HANDING_ON: gl.constexpr, LOWER: gl.constexpr,
+    operands, k, parts, tile, sweep, step, steps, handed, HANDING_ON: gl.constexpr, LOWER: gl.constexpr,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PADDING: gl.constexpr, LAST: gl.constexpr,
 ):  # fmt: skip
-    """Make all of dQ of a step, 64 x 64 at a time, and have it added, or written if this is the ``LAST``."""
+    """Make all of dQ of a step, 64 x 64 at a time, and have it added, or written if this is the ``LAST``.
+
+    With ``parts`` it fetches what is needed ``STAGES`` steps later, as soon as there is room.
+    """
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     HANDED: gl.constexpr = (HANDING_ON + 1) * 128
     ACROSS: gl.constexpr = WIDTH // ROWS
     PARTS: gl.constexpr = BLOCK_M // ROWS * ACROSS
     PLACES: gl.constexpr = operands.staging.shape[0]
     call = operands.call
-    slot, stage, later = step % SLOTS, step % STAGES, step + STAGES
+    slot, stage, later = (sweep.steps_before + step) % SLOTS, step % STAGES, step + STAGES
     head = tile.head_k * call.group + step // sweep.count
     first_query = sweep.start + step % sweep.count * BLOCK_M
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-    k = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    keys = ring.matrix(k, BLOCK_N, WIDTH)
     ds = operands.exchange.index(slot)
     if LAST:
         before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
@@ -140,13 +188,14 @@ def _make_tiles(
             start = position.to(gl.int64) * WIDTH + part * ROWS * ROWS
             dq = _sums(operands, start, before > 0, dq)
         left = ds.slice(part // ACROSS * ROWS, ROWS, 1).permute([1, 0])
-        right = k.slice(part % ACROSS * ROWS, ROWS, 1)
+        right = keys.slice(part % ACROSS * ROWS, ROWS, 1)
         dq = warpgroup_mma(left, right, dq, use_acc=LAST, is_async=True)
-        if part == 0 and later < steps:
-            barriers.meet(barriers.DOUTS_FREE + stage, ALL)
-            backward_tiles.fill(
-                operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
-            )
+        if parts is not None and part == 0:  # noqa: SIM102 - whether it is None is known to the compiler
+            if later < steps:
+                barriers.meet(barriers.DOUTS_FREE + stage, ALL)
+                backward_tiles.fill(
+                    operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
+                )
         dq = warpgroup_mma_wait(0, [dq])
         if part == PARTS - 1:
             barriers.arrive(barriers.SLOT_FREE + slot, THREADS)
@@ -158,15 +207,16 @@ def _make_tiles(
             dq = dq * (operands.score.scale * LOWER)
             _write(operands.dq, place, dq, [tile.q_batch, head, row, part % ACROSS * ROWS], PLACES)
         elif operands.handover is not None:
-            turn = step * (PARTS // PLACES) + part // PLACES
+            turn = (handed + step) * (PARTS // PLACES) + part // PLACES
             _hand_over(operands, place, dq, part % PLACES, turn)
         else:
             _add(operands, place, dq, _line_of(operands, position, part, WIDTH), PLACES)
-    if later < steps:
-        barriers.meet(barriers.QUERIES_FREE + stage, ALL)
-        backward_tiles.fill(
-            operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
-        )
+    if parts is not None:  # noqa: SIM102
+        if later < steps:
+            barriers.meet(barriers.QUERIES_FREE + stage, ALL)
+            backward_tiles.fill(
+                operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
+            )
 
 
 @gluon.jit
@@ -179,31 +229,39 @@ def send_dq(
     PARTS: gl.constexpr = BLOCK_M // ROWS * ACROSS
     PLACES: gl.constexpr = operands.staging.shape[0]
     call = operands.call
-    tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
-    steps = call.group * sweep.count
-    if operands.dq is not None:
-        steps = gl.where(tile.first_key == 0, 0, steps)
     lines = _as_lines(operands, operands.staging.index(PLACE))
     grid.wait_for_previous()
-    for step in range(steps):
-        head = tile.head_k * call.group + step // sweep.count
-        first_query = sweep.start + step % sweep.count * BLOCK_M
-        position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-        # Rows of 64 have a counter each, and no two places have parts of the same rows.
-        counter = operands.additions + position // ROWS + PLACE // ACROSS
-        before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
-        order.wait_for(counter, before)
-        for part in gl.static_range(PLACE, PARTS, PLACES):
-            turn = step * (PARTS // PLACES) + part // PLACES
-            mbarrier.wait(operands.handover.full.index(PLACE), turn & 1)
-            coordinates = [_line_of(operands, position, part, WIDTH), 0]
-            if before == 0:
-                tma_store(operands.dq_acc, coordinates, lines)
-            else:
-                tma_add(operands.dq_acc, coordinates, lines)
-            tma.store_wait(0)
-            mbarrier.arrive(operands.handover.empty.index(PLACE))
-        order.count_when_added(counter)
+    number, handed = 0, 0
+    there, tile = announcements.keys_at(operands.board, 0, 1)
+    while there:
+        sweep = backward_work.sweep_of(call, tile, number, 0, BLOCK_M, BLOCK_N)
+        steps = call.group * sweep.count
+        if operands.dq is not None:
+            steps = gl.where(tile.first_key == 0, 0, steps)
+        for step in range(steps):
+            head = tile.head_k * call.group + step // sweep.count
+            first_query = sweep.start + step % sweep.count * BLOCK_M
+            position = backward_work.vector_position(
+                call, tile, head, first_query, operands.rows_padded, PADDING
+            )
+            # Rows of 64 have a counter each, and no two places have parts of the same rows.
+            counter = operands.additions + position // ROWS + PLACE // ACROSS
+            before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+            order.wait_for(counter, before)
+            for part in gl.static_range(PLACE, PARTS, PLACES):
+                turn = (handed + step) * (PARTS // PLACES) + part // PLACES
+                mbarrier.wait(operands.handover.full.index(PLACE), turn & 1)
+                coordinates = [_line_of(operands, position, part, WIDTH), 0]
+                if before == 0:
+                    tma_store(operands.dq_acc, coordinates, lines)
+                else:
+                    tma_add(operands.dq_acc, coordinates, lines)
+                tma.store_wait(0)
+                mbarrier.arrive(operands.handover.empty.index(PLACE))
+            order.count_when_added(counter)
+        handed += steps
+        number += 1
+        there, tile = announcements.keys_at(operands.board, number, 1)
 
 
 @gluon.jit

@@ -18,6 +18,11 @@ ROWS = softmax.ROWS
 THREADS = gl.constexpr(256)
 """Of two warpgroups."""
 
+WITH_ANOTHER = gl.constexpr(288)
+"""Of them and a warp: the one that fetches, or one that sends."""
+
+KEY_TILES = gl.constexpr(2)
+"""So many have programs that stay room for: the next one comes while one is worked on."""
 
 LOWER = gl.constexpr(2.0**-LIFT)
 """What the LSE is lowered by lifts all weights, and so all gradients, until they leave."""
@@ -31,7 +36,10 @@ class Operands(NamedTuple):
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with -delta.
         k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
-            its rows. Its gradients leave through here.
+            its rows. Its gradients leave through here. Where programs stay there are two of each, for tiles
+            that take turns.
+        keys_free: barriers that tell when the one or the other may be filled again; None where there is one.
+        board: where the warp that fetches announces key tiles to programs that stay, else None.
         exchange: dS of two steps, keys by queries.
         staging: a tile of dQ of two steps, as registers hold it, of which each warpgroup has half. A third
             warpgroup has it to itself, for tiles of 64 x 64.
@@ -51,6 +59,8 @@ class Operands(NamedTuple):
     v: Any
     k_full: Any
     v_full: Any
+    keys_free: Any
+    board: Any
     exchange: Any
     staging: Any
     dk: Any
@@ -90,14 +100,20 @@ def make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, ST
 
 
 @gluon.jit
-def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The program's key tile, and its sweep."""
-    call = operands.call
+def key_tile_of(operands, item, BLOCK_N: gl.constexpr):
+    """Key tile number ``item``."""
     # In a fixed order, a head's last key tile adds first: under a causal mask it starts at later queries than
     # the others, and is always ahead of them.
     LAST_FIRST: gl.constexpr = operands.additions is not None
-    tile = backward_work.key_tile_of(call, gl.program_id(0), BLOCK_N, LAST_FIRST)
-    return tile, backward_work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
+    return backward_work.key_tile_of(operands.call, item, BLOCK_N, LAST_FIRST)
+
+
+@gluon.jit
+def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The key tile of a program that has one alone, and its sweep."""
+    call = operands.call
+    tile = key_tile_of(operands, gl.program_id(0), BLOCK_N)
+    return tile, backward_work.sweep_of(call, tile, 0, 0, BLOCK_M, BLOCK_N)
 
 
 @gluon.jit
@@ -159,7 +175,8 @@ def fill(
     packed = tile.q_start if call.cu_seqlens_q is not None else None
     q_rows = rows.Rows(None, None, part, None, tile.q_batch, packed, tile.seqlen_q, None)
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-    ring.fill_numbered(numbered, step % STAGES, q_rows, head, first_query, vector, position)
+    stage = (sweep.steps_before + step) % STAGES
+    ring.fill_numbered(numbered, stage, q_rows, head, first_query, vector, position)
 
 
 @gluon.jit

@@ -37,6 +37,8 @@ class Sweep(NamedTuple):
         leading: those from there up to this one need a mask, because of ``window_right`` or the keys' end.
         unmasked_end: those from there up to this one need none; all others do, because of ``window_left``.
         count: how many tiles there are.
+        tiles_before, steps_before: how many key tiles the program has worked on before, and how many steps
+            that took, where it stays for several.
     """
 
     start: Any
@@ -44,6 +46,8 @@ class Sweep(NamedTuple):
     leading: Any
     unmasked_end: Any
     count: Any
+    tiles_before: Any
+    steps_before: Any
 
 
 @triton.jit
@@ -66,7 +70,7 @@ def key_tile_of(call, index, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def sweep_of(call, tile, tiles_before, steps_before, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The query tiles that a key tile visits; none where the tile's keys do not exist."""
     # Queries that do not exist need no mask: their LSE is +inf, which makes their weights 0.
     OWN_END: tl.constexpr = call.window_left is None
@@ -85,6 +89,8 @@ def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         _tiles_in(visit.start, inner, BLOCK_M),
         _tiles_in(visit.start, outer, BLOCK_M),
         _tiles_in(visit.start, end, BLOCK_M),
+        tiles_before,
+        steps_before,
     )
 
 
@@ -101,7 +107,9 @@ def own_sweep_of(call, tile, sweep, first_key, ROWS: tl.constexpr, BLOCK_M: tl.c
     hidden = tl.minimum(tl.maximum(visit.start - sweep.start, 0) // BLOCK_M, sweep.count)
     hidden = tl.where(first_key < tile.seqlen_k, hidden, sweep.count)
     leading, unmasked_end = tl.maximum(sweep.leading, hidden), tl.maximum(sweep.unmasked_end, hidden)
-    return Sweep(sweep.start, hidden, leading, unmasked_end, sweep.count)
+    return Sweep(
+        sweep.start, hidden, leading, unmasked_end, sweep.count, sweep.tiles_before, sweep.steps_before
+    )
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """In which order programs add to memory, where the sum must not depend on chance.
 
 Each tile of memory has a counter of the additions that are done. A program waits until all of those before
-its own are, adds, waits until its own addition has arrived, and counts it. A program waits for programs of
-smaller number alone: the hardware has started them before it, so that one of them can always go on.
+its own are, adds, waits until its own addition has arrived, and counts it. What it works on it waits for by
+key tiles of smaller number alone. These were begun before, since the hardware starts programs in the order of
+their numbers; or, where programs stay, they were drawn before, by programs that run and work on what they
+draw in the order of numbers. So the smallest that is not done can always go on.
 
 The TMA unit adds. PTX calls what it does the asynchronous proxy: an addition that is known to be complete is
 visible to the thread that waited for it, and so to whoever sees that thread count (release and acquire). The

@@ -34,8 +34,8 @@ LENGTHS = sorted(
     {row.seqlen_from for table in (FORWARD, BACKWARD) for row in table}
     | {row.seqlen_below for table in (FORWARD, BACKWARD) for row in table if row.seqlen_below is not None}
 )
-# Full tiles, and tiles that zeros fill up; all multiples of 16, for which Triton compiles alike.
-HEAD_DIMS = {True: (64, 128, 256, 80, 40, 160, 192, 32), False: (48, 96, 192, 80, 32, 160, 64, 16)}
+# Full tiles, and tiles that zeros fill up; most are multiples of 16, for which Triton compiles alike.
+HEAD_DIMS = {True: (64, 128, 256, 80, 40, 160, 192, 32), False: (48, 96, 192, 80, 32, 160, 64, 16, 24)}
 FEATURES = {"full": ("softcap", "alibi"), "causal": ("softcap",), "window": ("alibi",), "left": ("alibi",)}
 PROPERTIES = ("packed", "seqused", "deterministic", "forward", "backward")
 FULL_TILES = 1000

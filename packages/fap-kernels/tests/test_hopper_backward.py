@@ -28,13 +28,15 @@ def inputs_of(**call: Any) -> BackwardInputs:
     return BackwardInputs(q, k, v, q, lse, delta, slopes, None, packing)
 
 
-def launches_of(config: BackwardConfig | None = None, **call: Any) -> list[Launch]:
+def launches_of(
+    config: BackwardConfig | None = None, processors: int = PROCESSORS, **call: Any
+) -> list[Launch]:
     """The launches of a call: delta, the gradients and, but where those finish it, dQ."""
     problem, inputs = describe(**call)[0], inputs_of(**call)
     q, dk, dv = inputs.q, torch.empty_like(inputs.k), torch.empty_like(inputs.v)
     lse = torch.empty(1, problem.nheads, q.shape[1])
     launches, _ = plan_hopper_backward(
-        problem, PROCESSORS, inputs, q, lse, None, torch.empty_like(q), dk, dv, config
+        problem, processors, inputs, q, lse, None, torch.empty_like(q), dk, dv, config
     )
     return launches
 
@@ -59,6 +61,8 @@ SPILLS = {
     "full": 1280, "ordered": 1280, "causal": 1280, "float16": 1280, "packed": 1280, "packed, ordered": 1280,
     "window": 3072, "softcap and ALiBi": 4608,
 }  # fmt: skip
+MANY = 1000
+"""Processors, so that every key tile has a program."""
 CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128, 256: BACKWARD_256}
 
 needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper comes with Triton 3.6")
@@ -80,6 +84,28 @@ def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> No
     assert "cp.reduce.async.bulk.tensor" in backward.assembly
     assert not backward.warnings, "ptxas serialises the products, or takes registers from a partition"
     assert not left_unset(backward), "a path leaves a register unset that is read later"
+
+
+@needs_gluon
+@pytest.mark.parametrize("kind", ["causal", "ordered", "packed, ordered"])
+def test_programs_that_draw_no_key_tiles_compile_as_well(kind: str) -> None:
+    gradients = launches_of(processors=MANY, head_dim=64, **CALLS[kind])[1]
+    assert gradients.arguments["tickets"] is None
+    backward = compile_launch(gradients, "sm_90")
+    assert backward.spills <= SPILLS[kind]
+    assert not backward.warnings
+    assert not left_unset(backward)
+
+
+@needs_gluon
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_programs_draw_key_tiles_where_there_are_more(deterministic: bool) -> None:
+    delta, gradients, *_ = launches_of(processors=3, head_dim=64, deterministic=deterministic)
+    assert gradients.programs == 3
+    assert gradients.arguments["items"] == 8
+    assert gradients.arguments["tickets"] is delta.arguments["tickets"]
+    assert launches_of(processors=8, head_dim=64)[1].programs == 8
+    assert launches_of(processors=3, head_dim=128)[1].programs == 8, "these do not stay"
 
 
 def test_the_table_has_no_other_configurations() -> None:

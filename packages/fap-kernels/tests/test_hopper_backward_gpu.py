@@ -22,6 +22,7 @@ from fap_kernels import (
 )
 from fap_kernels.hopper import backward_launch, conditions
 from fap_kernels.hopper.config import BACKWARD
+from fap_kernels.replay import Replays
 from fap_testing.reference import attention_baseline_gradients, attention_reference_gradients
 from fap_testing.reference_varlen import attention_varlen_reference_gradients
 
@@ -177,6 +178,10 @@ def test_views_of_larger_tensors(head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 192, 256])
 @pytest.mark.parametrize("seed", range(4))
 def test_packed_sequences_beside_poison(head_dim: int, seed: int) -> None:
+    check_packed(head_dim, seed)
+
+
+def check_packed(head_dim: int, seed: int) -> None:
     rng = random.Random(seed)
     lengths_q, lengths_k = ([rng.choice([0, 1, rng.randint(1, 400)]) for _ in range(5)] for _ in "qk")
     lengths_q[0], lengths_k[0] = 333, 201
@@ -220,6 +225,52 @@ def test_random_shapes(head_dim: int, chunk: int) -> None:
         check(*draw(*sizes, nheads_k * group, nheads_k, head_dim), window_size=(left, right))
 
 
+@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((2, 331, 705, 4, 2), {}),
+        ((2, 706, 453, 4, 2), {"causal": True}),
+        ((1, 130, 1409, 2, 2), {"causal": True}),
+        ((3, 709, 837, 2, 1), {"window_size": (90, 30)}),
+        ((2, 341, 901, 3, 3), {"window_size": (-1, 40)}),
+        ((2, 64, 1153, 2, 2), {"window_size": (70, 0)}),  # most key tiles have no step
+    ],
+    ids=str,
+)
+def test_programs_stay_for_one_key_tile_after_the_other(
+    sizes: tuple[int, ...], options: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, processors)
+    check(*draw(*sizes, 64), **options)
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_sequences_of_a_few_programs(
+    seed: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among the slots are empty ones, and tiles without a step."""
+    pretend(monkeypatch, processors)
+    check_packed(64, seed)
+
+
+def test_more_programs_than_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 key tiles in a row wait for each other, and the last of 200 programs start when others end.
+
+    If these had numbers of their own, as in no fixed order, all would wait for them for ever.
+    """
+    pretend(monkeypatch, 200)
+    check(*draw(1, 300, 51200, 2, 1, 64))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    """Plan for so many processors. Kept launches do not know of them: none are taken, and none are left."""
+    monkeypatch.setattr("fap_kernels.target._processors_of_index", lambda index: processors)
+    for module in ("attention", "varlen"):
+        monkeypatch.setattr(f"fap_kernels.{module}._backward_replays", Replays())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_fixed_order_gives_equal_gradients_on_250_runs(head_dim: int, causal: bool) -> None:
@@ -233,11 +284,12 @@ def test_a_fixed_order_gives_equal_gradients_on_250_runs(head_dim: int, causal: 
             assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("batch", [1, 30])  # with more key tiles than programs these draw them
 @pytest.mark.parametrize(
     ("head_dim", "deterministic"), [(64, False), (64, True), (128, False), (128, True), (256, False)]
 )
-def test_a_graph_starts_from_zero_when_it_is_replayed(head_dim: int, deterministic: bool) -> None:
-    q, k, v, dout = draw(1, 700, 900, 4, 2, head_dim)
+def test_a_graph_starts_from_zero_when_it_is_replayed(head_dim: int, deterministic: bool, batch: int) -> None:
+    q, k, v, dout = draw(batch, 700, 900, 4, 2, head_dim)
     out, lse, *right = attention_reference_gradients(q, k, v, dout.double())
     out, lse = out.to(q.dtype).contiguous(), lse.float().contiguous()
     with use_schedule("hopper"):
@@ -246,6 +298,8 @@ def test_a_graph_starts_from_zero_when_it_is_replayed(head_dim: int, determinist
         with torch.cuda.graph(graph):
             gradients = attention_backward(dout, q, k, v, out, lse, deterministic=deterministic)
     for _ in range(3):
+        for gradient in gradients:
+            gradient.fill_(torch.nan)  # what a replay leaves out shall not be there from the one before
         graph.replay()
     for gradient, expected in zip(gradients, right, strict=True):
         assert (gradient.double() - expected).norm() <= ERRORS[q.dtype] * expected.norm()

@@ -398,8 +398,9 @@ def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
     additions = empty_additions(replace(problem, deterministic=True), inputs)
     assert additions is not None
     additions.fill_(7)
-    lse = torch.zeros(q.shape[0], 2, q.shape[1])
-    plan_delta(problem, q, lse, None, inputs, dq_acc, additions).run(q.device)
+    lse, tickets = torch.zeros(q.shape[0], 2, q.shape[1]), torch.full((1,), 7, dtype=torch.int32)
+    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, tickets).run(q.device)
+    assert tickets.item() == 0
     lengths = [70, 0, 150] if packed else [150]
     for start, length in zip(starts, lengths, strict=True):
         swept = dq_acc[:, :, start : start + -(-length // 128) * 128]

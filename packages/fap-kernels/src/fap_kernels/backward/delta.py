@@ -34,7 +34,7 @@ def attention_delta_kernel(
     ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
     that follows adds dQ up, that costs no pass of its own here. So is ``additions``, one number for each
     ``BLOCK_M`` rows, or None: what that kernel counts in. ``tickets`` is None or one number, from which its
-    programs draw what they work on.
+    programs draw what they work on, and is set to zero too.
 
     With ``RELEASE`` the kernel that follows may start at once, and waits by itself for what is stored here.
     """

@@ -101,8 +101,8 @@ def _plan_gradients(
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    With ``additions``, which must hold zeros instead, it adds in the same order on every run, and may fill
-    ``dq`` as well.
+    So must its ``tickets``, if it has any. With ``additions``, which must hold zeros instead, it adds in the
+    same order on every run, and may fill ``dq`` as well.
     """
     from .backward import hopper_backward_kernel
     from .backward_relay import hopper_backward_relay_kernel

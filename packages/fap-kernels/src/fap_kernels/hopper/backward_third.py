@@ -169,7 +169,8 @@ def _make_tiles(
     PARTS: gl.constexpr = BLOCK_M // ROWS * ACROSS
     PLACES: gl.constexpr = operands.staging.shape[0]
     call = operands.call
-    slot, stage, later = (sweep.steps_before + step) % SLOTS, step % STAGES, step + STAGES
+    at, later = sweep.steps_before + step, step + STAGES
+    slot, stage = at % SLOTS, at % STAGES
     head = tile.head_k * call.group + step // sweep.count
     first_query = sweep.start + step % sweep.count * BLOCK_M
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)

@@ -25,7 +25,8 @@ step, to make dQ of each other's dS. Here they hand dS on, and never wait for ea
                  ...
 
 The third warpgroup (``fap_kernels.hopper.backward_third``) waits for a step of the other two, and they for a
-slot, or a stage, of two steps ago: so no circle can close.
+slot, or a stage, of two steps ago. The fetcher waits for what was given back with earlier steps, and with the
+key tile before the last. So no circle can close within a program.
 
 A program stays for one key tile after the other. The fetcher draws their numbers and announces the tiles
 (``fap_kernels.hopper.announcements``). There is room for two of them, so that the next one, and its first
@@ -78,7 +79,7 @@ def hopper_backward_three_kernel(
     ``items`` key tiles are numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. Programs
     draw their numbers from ``tickets``, which is 0 then, or is None where there are no more than programs.
 
-    Grid: any number of programs.
+    Grid: any number of programs; without ``tickets`` one for each key tile.
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
@@ -89,16 +90,16 @@ def hopper_backward_three_kernel(
     douts = ring.make_numbered_tiles(dout_part0, delta_part0, STAGES)
     k = gl.allocate_shared_memory(k_part0.dtype, [KEY_TILES] + k_part0.block_shape, k_part0.layout)
     v = gl.allocate_shared_memory(v_part0.dtype, [KEY_TILES] + v_part0.block_shape, v_part0.layout)
-    k_full, keys_free = ring.make_barriers(KEY_TILES, 3)
-    v_full, _ = ring.make_barriers(KEY_TILES, 1)
+    k_full, keys_free = ring.make_barriers(KEY_TILES, 3)  # by all three warpgroups
+    v_full = ring.make_full(KEY_TILES)  # they are given back with the keys
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     exchange = gl.allocate_shared_memory(dk_part0.dtype, [SLOTS, BLOCK_N, BLOCK_M], SWIZZLED)
     staging = gl.allocate_shared_memory(dk_part0.dtype, [2, 2 * ROWS, ROWS], SWIZZLED)
     handover = None
     if additions is None:
-        board = announcements.make_board(3)
+        board = announcements.make_board(3)  # the warpgroups listen
     else:
-        board = announcements.make_board(5)
+        board = announcements.make_board(5)  # and the warps that send
         handover = make_handover(2)
     fence_async_shared()
     operands = backward_tiles.Operands(
@@ -151,7 +152,7 @@ def _fetch(
         mbarrier.wait(operands.keys_free.index(place), (number // KEY_TILES & 1) ^ 1)
         if steps > 0:
             backward_tiles.fill_keys(operands, k_full, operands.k.index(place), parts[1], tile)
-        else:  # nobody reads them
+        else:  # Nobody reads them. What is stored then, no kernel before this one reads or writes.
             mbarrier.arrive(k_full)
             mbarrier.arrive(v_full)
         if number == 0:

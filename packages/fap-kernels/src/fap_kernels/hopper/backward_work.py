@@ -1,7 +1,7 @@
-"""What a program of the Hopper backward works on: one key tile, and the queries that see it.
+"""What a program of the Hopper backward works on: a key tile, or several, and the queries that see it.
 
 Plain ``@triton.jit`` without a launch of its own, so that the warp that fetches and the warpgroups that
-multiply find the same tiles in the same order without a word between them.
+multiply find the same tiles in the same order; which key tile it is, is announced where programs draw them.
 """
 
 from __future__ import annotations

@@ -46,6 +46,15 @@ def make_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
+def make_full(STAGES: gl.constexpr):
+    """The ``full`` of them alone, for tiles that are given back by other means."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+    return full
+
+
+@gluon.jit
 def advance(stage, phase, STAGES: gl.constexpr):
     """The next stage of a ring, and the phase that its barriers are in."""
     stage += 1
@@ -81,10 +90,7 @@ def make_numbered_tiles(like, vector, STAGES: gl.constexpr):
     """Room for ``STAGES`` blocks of the descriptor ``like``, and of the descriptor ``vector``."""
     tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
     numbers = gl.allocate_shared_memory(vector.dtype, [STAGES] + vector.block_shape, vector.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-    return NumberedTiles(tiles, numbers, full)
+    return NumberedTiles(tiles, numbers, make_full(STAGES))
 
 
 @gluon.jit

@@ -114,7 +114,8 @@ class BackwardConfig:
         ordered: let key tiles add to dQ one after the other, though nobody has asked for the same bits on
             every run: then no memory need be zeroed before, nor, with a third warpgroup, dQ be brought to its
             place after, which counts where sequences are short.
-        three: let a third warpgroup make dQ, and fetch, where tensors are bfloat16; for width 64.
+        three: let a third warpgroup make dQ, and programs stay for one key tile after the other, where
+            tensors are bfloat16; for width 64.
     """
 
     width: int

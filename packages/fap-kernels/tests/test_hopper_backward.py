@@ -98,6 +98,18 @@ def test_programs_that_draw_no_key_tiles_compile_as_well(kind: str) -> None:
 
 
 @needs_gluon
+@pytest.mark.parametrize(("width", "kind"), [(64, "packed, ordered"), (128, "ordered"), (256, "full")])
+def test_triton_itself_uses_no_barrier_of_ours(width: int, kind: str) -> None:
+    from fap_kernels.hopper import barriers
+
+    code = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind]).assembly
+    # Its numbers stand in the instruction, and ours come in a register.
+    numbers = {int(number) for number in re.findall(r"\bbar(?:rier)?\.\S+\s+(\d+)\b", code)}
+    assert 0 in numbers
+    assert max(numbers) < min(barriers.SLOT_FREE_TOO.value, barriers.WEIGHTS_THERE.value)
+
+
+@needs_gluon
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_programs_draw_key_tiles_where_there_are_more(deterministic: bool) -> None:
     delta, gradients, *_ = launches_of(processors=3, head_dim=64, deterministic=deterministic)

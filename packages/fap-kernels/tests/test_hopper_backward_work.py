@@ -206,6 +206,35 @@ def test_all_add_to_a_query_tile_in_order_and_wait_for_earlier_programs(seed: in
             earlier.append(first_key)
 
 
+QueryTile = tuple[int, ...]
+Addition = tuple[QueryTile, int]
+"""To which query tile, and how many others must have been made before."""
+
+
+def additions_of_each(seed: int) -> list[list[Addition]]:
+    """Of each key tile of a random call the additions, in the order of its steps."""
+    drawn = draw(seed)._replace(last_first=True)
+    found, waits = programs(*drawn)
+    return [
+        [
+            ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
+            for member in range(drawn.group)
+            for number in range(row[10])
+        ]
+        for index, row in enumerate(found)
+    ]
+
+
+def add_one(queues: list[list[Addition]], additions: dict[QueryTile, int], rng: random.Random) -> None:
+    """Let one that can go on make the next addition of its queue, and count it."""
+    able = [queue for queue in queues if queue and additions.get(queue[0][0], 0) >= queue[0][1]]
+    assert able or not any(queues), "all wait for each other"
+    if able:
+        tile, before = rng.choice(able).pop(0)
+        assert additions.get(tile, 0) == before, "out of order"
+        additions[tile] = before + 1
+
+
 @pytest.mark.parametrize("resident", [1, 2, 7])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("warps", [1, 2])
@@ -215,35 +244,15 @@ def test_a_few_programs_at_a_time_add_everything(warps: int, seed: int, resident
     Two share them, or, of the rows that are its own, one sends all, as also the last to add goes from tile to
     tile.
     """
-    drawn = draw(seed)._replace(last_first=True)
-    found, waits = programs(*drawn)
-    additions: dict[tuple[int, ...], int] = {}
+    additions: dict[QueryTile, int] = {}
     rng = random.Random(seed)
-    # The query tiles that each of a program's warps has yet to send, and what they wait for.
-    left = [
-        [
-            [
-                ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
-                for member in range(drawn.group)
-                for number in range(row[10])
-            ][warp::warps]
-            for warp in range(warps)
-        ]
-        for index, row in enumerate(found)
-    ]
-    running: list[list[Any]] = []
+    left = [[sent[warp::warps] for warp in range(warps)] for sent in additions_of_each(seed)]
+    running: list[list[list[Addition]]] = []
     while left or any(any(sent) for sent in running):
         running = [sent for sent in running if any(sent)]
         while left and len(running) < resident:
             running.append(left.pop(0))
-        able = [
-            warp for sent in running for warp in sent if warp and additions.get(warp[0][0], 0) >= warp[0][1]
-        ]
-        assert able or not any(any(warps) for warps in running), "all wait for each other"
-        if able:
-            tile, before = rng.choice(able).pop(0)
-            assert additions.get(tile, 0) == before, "out of order"
-            additions[tile] = before + 1
+        add_one([warp for sent in running for warp in sent], additions, rng)
 
 
 @pytest.mark.parametrize("resident", [1, 2, 7])
@@ -251,31 +260,16 @@ def test_a_few_programs_at_a_time_add_everything(warps: int, seed: int, resident
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_a_few_programs_that_stay_add_everything(ahead: int, seed: int, resident: int) -> None:
     """Some of many programs never get to run before the others end. Those draw tiles, also some ahead."""
-    drawn = draw(seed)._replace(last_first=True)
-    found, waits = programs(*drawn)
-    additions: dict[tuple[int, ...], int] = {}
+    additions: dict[QueryTile, int] = {}
     rng = random.Random(seed)
-    left = [
-        [
-            ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
-            for member in range(drawn.group)
-            for number in range(row[10])
-        ]
-        for index, row in enumerate(found)
-    ]
-    running: list[list[Any]] = [[] for _ in range(resident)]
+    left = [tiles for tiles in additions_of_each(seed) if tiles]
+    running: list[list[list[Addition]]] = [[] for _ in range(resident)]
     while left or any(running):
         for tiles in rng.sample(running, resident):
             tiles[:] = [tile for tile in tiles if tile]
             while left and len(tiles) <= ahead:
                 tiles.append(left.pop(0))
-        able = [tiles[0] for tiles in running if tiles and tiles[0]]
-        able = [tile for tile in able if additions.get(tile[0][0], 0) >= tile[0][1]]
-        assert able or not any(any(tiles) for tiles in running), "all wait for each other"
-        if able:
-            tile, before = rng.choice(able).pop(0)
-            assert additions.get(tile, 0) == before, "out of order"
-            additions[tile] = before + 1
+        add_one([tiles[0] for tiles in running if tiles], additions, rng)
 
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (40, 30), (200, 0), (None, 70)], ids=str)

@@ -50,16 +50,10 @@ def announce(board, number, there: gl.constexpr, tile):
     Without a board, nothing is said.
     """
     if board is not None:
-        slot, first = _free_slot(board, number)
-        _write(board.numbers, first, 1 if there else 0)
-        _write(board.numbers, first + 1, tile.batch)
-        _write(board.numbers, first + 2, tile.head)
-        _write(board.numbers, first + 3, tile.first_query)
-        _write(board.numbers, first + 4, tile.q_start)
-        _write(board.numbers, first + 5, tile.seqlen_q)
-        _write(board.numbers, first + 6, tile.k_start)
-        _write(board.numbers, first + 7, tile.seqlen_k)
-        mbarrier.arrive(board.full.index(slot))
+        place = (
+            tile.batch, tile.head, tile.first_query, tile.q_start, tile.seqlen_q, tile.k_start, tile.seqlen_k,
+        )  # fmt: skip
+        _say(board, number, there, place)
 
 
 @gluon.jit
@@ -68,41 +62,18 @@ def announce_keys(board, number, there: gl.constexpr, tile):
 
     For one warp.
     """
-    slot, first = _free_slot(board, number)
-    _write(board.numbers, first, 1 if there else 0)
-    _write(board.numbers, first + 1, tile.batch)
-    _write(board.numbers, first + 2, tile.head_k)
-    _write(board.numbers, first + 3, tile.first_key)
-    _write(board.numbers, first + 4, tile.q_batch)
-    _write(board.numbers, first + 5, tile.q_start)
-    _write(board.numbers, first + 6, tile.seqlen_q)
-    _write(board.numbers, first + 7, tile.k_batch)
-    _write(board.numbers, first + 8, tile.k_start)
-    _write(board.numbers, first + 9, tile.seqlen_k)
-    mbarrier.arrive(board.full.index(slot))
+    place = (
+        tile.batch, tile.head_k, tile.first_key, tile.q_batch, tile.q_start, tile.seqlen_q, tile.k_batch,
+        tile.k_start, tile.seqlen_k,
+    )  # fmt: skip
+    _say(board, number, there, place)
 
 
 @gluon.jit
 def keys_at(board, number, WARPS: gl.constexpr):
     """Whether there is a key tile number ``number``, and the tile; for a partition of so many warps."""
-    slot = number % SLOTS
-    mbarrier.wait(board.full.index(slot), number // SLOTS & 1)
-    first = slot * NUMBERS
-    there = _read(board.numbers, first, WARPS) > 0
-    batch = _read(board.numbers, first + 1, WARPS)
-    head_k = _read(board.numbers, first + 2, WARPS)
-    first_key = _read(board.numbers, first + 3, WARPS)
-    q_batch = _read(board.numbers, first + 4, WARPS)
-    q_start = _read(board.numbers, first + 5, WARPS)
-    seqlen_q = _read(board.numbers, first + 6, WARPS)
-    k_batch = _read(board.numbers, first + 7, WARPS)
-    k_start = _read(board.numbers, first + 8, WARPS)
-    seqlen_k = _read(board.numbers, first + 9, WARPS)
-    mbarrier.arrive(board.empty.index(slot))
-    tile = backward_work.KeyTile(
-        batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k
-    )
-    return there, tile
+    there, n = _hear(board, number, 9, WARPS)
+    return there, backward_work.KeyTile(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8])
 
 
 @gluon.jit
@@ -115,33 +86,34 @@ def tile_at(board, number, call, turn, BLOCK_M: gl.constexpr, PAIRED: gl.constex
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         return turn, work.there_is(call, turn, PAIRED), tile
     else:
-        there, tile = _hear(board, number)
-        return turn, there, tile
+        there, n = _hear(board, number, 7, 4)
+        return turn, there, work.Tile(n[0], n[1], n[2], 0, n[3], n[4], 0, n[5], n[6])
 
 
 @gluon.jit
-def _hear(board, number):
+def _say(board, number, there: gl.constexpr, place):
+    """Write announcement ``number``, with the numbers that say where the tile is, once its slot is empty."""
+    slot = number % SLOTS
+    mbarrier.wait(board.empty.index(slot), (number // SLOTS & 1) ^ 1)
+    first = slot * NUMBERS
+    _write(board.numbers, first, 1 if there else 0)
+    for n in gl.static_range(len(place)):
+        _write(board.numbers, first + 1 + n, place[n])
+    mbarrier.arrive(board.full.index(slot))
+
+
+@gluon.jit
+def _hear(board, number, COUNT: gl.constexpr, WARPS: gl.constexpr):
+    """Whether announcement ``number`` is of a tile, and the ``COUNT`` numbers that say where it is."""
     slot = number % SLOTS
     mbarrier.wait(board.full.index(slot), number // SLOTS & 1)
     first = slot * NUMBERS
-    there = _read(board.numbers, first, 4) > 0
-    batch = _read(board.numbers, first + 1, 4)
-    head = _read(board.numbers, first + 2, 4)
-    first_query = _read(board.numbers, first + 3, 4)
-    q_start = _read(board.numbers, first + 4, 4)
-    seqlen_q = _read(board.numbers, first + 5, 4)
-    k_start = _read(board.numbers, first + 6, 4)
-    seqlen_k = _read(board.numbers, first + 7, 4)
+    there = _read(board.numbers, first, WARPS) > 0
+    place = ()
+    for n in gl.static_range(COUNT):
+        place += (_read(board.numbers, first + 1 + n, WARPS),)  # type: ignore[assignment]
     mbarrier.arrive(board.empty.index(slot))
-    return there, work.Tile(batch, head, first_query, 0, q_start, seqlen_q, 0, k_start, seqlen_k)
-
-
-@gluon.jit
-def _free_slot(board, number):
-    """The slot of announcement ``number``, once it is empty, and where its numbers begin."""
-    slot = number % SLOTS
-    mbarrier.wait(board.empty.index(slot), (number // SLOTS & 1) ^ 1)
-    return slot, slot * NUMBERS
+    return there, place
 
 
 @gluon.jit

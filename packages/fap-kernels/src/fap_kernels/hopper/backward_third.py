@@ -67,11 +67,10 @@ def make_dq(
     steps = operands.call.group * sweep.count
     _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, STAGES, PADDING)
     mbarrier.wait(operands.k_full, 0, pred=steps > 0)
-    for step in range(steps):
-        _make_tiles(
-            operands, operands.k, parts, tile, sweep, step, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M,
-            BLOCK_N, STAGES, PADDING, False,
-        )  # fmt: skip
+    _make_steps(
+        operands, operands.k, parts, tile, sweep, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
+        STAGES, PADDING, False,
+    )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -95,34 +94,39 @@ def make_dq_of_all(
         k = operands.k.index(place)
         mbarrier.wait(operands.k_full.index(place), number // KEY_TILES & 1)
         if operands.dq is None:
-            for step in range(steps):
-                _make_tiles(
-                    operands, k, None, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M,
-                    BLOCK_N, STAGES, PADDING, False,
-                )  # fmt: skip
-            handed += steps
+            _make_steps(
+                operands, k, None, tile, sweep, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
+                STAGES, PADDING, False,
+            )  # fmt: skip
         elif tile.first_key == 0:
             # Nobody adds after the first key tile. Before it writes through the staging memory, what was
             # handed on there must have left.
             _wait_until_sent(operands, handed, WIDTH, BLOCK_M)
-            for step in range(steps):
-                _make_tiles(
-                    operands, k, None, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M,
-                    BLOCK_N, STAGES, PADDING, True,
-                )  # fmt: skip
+            _make_steps(
+                operands, k, None, tile, sweep, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
+                STAGES, PADDING, True,
+            )  # fmt: skip
             tma.store_wait(0)
         else:
-            for step in range(steps):
-                _make_tiles(
-                    operands, k, None, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M,
-                    BLOCK_N, STAGES, PADDING, False,
-                )  # fmt: skip
-            handed += steps
+            _make_steps(
+                operands, k, None, tile, sweep, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
+                STAGES, PADDING, False,
+            )  # fmt: skip
         mbarrier.arrive(operands.keys_free.index(place))
+        handed += _steps_handed_on(operands, tile, steps)
         number += 1
         steps_before += steps
         there, tile = announcements.keys_at(operands.board, number, 4)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _steps_handed_on(operands, tile, steps):
+    """Of how many of a key tile's ``steps`` dQ goes to the warps that send: of none where it is finished."""
+    if operands.dq is None:
+        return steps
+    else:
+        return gl.where(tile.first_key == 0, 0, steps)
 
 
 @gluon.jit
@@ -151,6 +155,20 @@ def _fetch_first(
         backward_tiles.fill(
             operands, operands.douts, parts[3], parts[5], tile, sweep, step, BLOCK_M, STAGES, PADDING
         )
+
+
+@gluon.jit
+def _make_steps(
+    operands, k, parts, tile, sweep, steps, handed, HANDING_ON: gl.constexpr, LOWER: gl.constexpr,
+    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, LAST: gl.constexpr,
+):  # fmt: skip
+    """Make dQ of all steps of a key tile."""
+    for step in range(steps):
+        _make_tiles(
+            operands, k, parts, tile, sweep, step, steps, handed, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
+            STAGES, PADDING, LAST,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -236,9 +254,7 @@ def send_dq(
     there, tile = announcements.keys_at(operands.board, 0, 1)
     while there:
         sweep = backward_work.sweep_of(call, tile, number, 0, BLOCK_M, BLOCK_N)
-        steps = call.group * sweep.count
-        if operands.dq is not None:
-            steps = gl.where(tile.first_key == 0, 0, steps)
+        steps = _steps_handed_on(operands, tile, call.group * sweep.count)
         for step in range(steps):
             head = tile.head_k * call.group + step // sweep.count
             first_query = sweep.start + step % sweep.count * BLOCK_M

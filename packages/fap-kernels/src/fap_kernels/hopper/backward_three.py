@@ -196,7 +196,7 @@ def _first_item(operands):
 @gluon.jit
 def _draw(operands):
     """Draw the number of a key tile."""
-    drawn = gl.atomic_add(operands.call.tickets, 1, sem="relaxed")
+    drawn = work.draw(operands.call)
     if operands.additions is None:  # the first ones are the programs' own
         drawn += gl.num_programs(0)
     return drawn

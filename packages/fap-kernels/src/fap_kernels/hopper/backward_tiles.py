@@ -131,9 +131,8 @@ def sweep_queries(
     for member in range(operands.call.group):
         if HIDDEN_STEP is not None:
             for number in range(sweep.hidden):
-                HIDDEN_STEP(
-                    WARPGROUP, operands, member * sweep.count + number, WIDTH, BLOCK_M, BLOCK_N, STAGES
-                )
+                step = sweep.steps_before + member * sweep.count + number
+                HIDDEN_STEP(WARPGROUP, operands, step, WIDTH, BLOCK_M, BLOCK_N, STAGES)
         for number in range(sweep.hidden, sweep.leading):
             gradients = STEP(
                 WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N, STAGES,

@@ -102,9 +102,15 @@ def first_turn(call):
 def turn_after(call, turn):
     """The turn after ``turn``; where tickets are drawn, this draws one."""
     if call.tickets is not None:
-        return tl.num_programs(0) + tl.atomic_add(call.tickets, 1, sem="relaxed")
+        return tl.num_programs(0) + draw(call)
     else:
         return turn + 1
+
+
+@triton.jit
+def draw(call):
+    """Draw a ticket; the first one is 0."""
+    return tl.atomic_add(call.tickets, 1, sem="relaxed")
 
 
 @triton.jit

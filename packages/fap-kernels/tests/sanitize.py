@@ -7,8 +7,9 @@ the Hopper tables, one for each row of the portable ones, and attention to a cac
 append before it. All run once without it, so that Triton's cache is filled. Results are checked too. What a
 process that is not clean says is printed, and the exit code tells whether all were clean.
 
-Of kernels with partitions racecheck reports the byte by which Triton tells its worker warps what to run. Such
-reports, and no others, are set aside, and counted; ``judge`` says how they are known.
+Of kernels with partitions racecheck reports the byte by which Triton tells its worker warps what to run, and
+the numbers that partitions hand on by mbarriers. Such reports, and no others, are set aside, and counted;
+``judge`` says how they are known, and why they are no races.
 
 To run some of them, by a word in their names:
 ``python packages/fap-kernels/tests/sanitize.py racecheck --jobs 1 --only d64-causal``.
@@ -30,7 +31,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -58,8 +59,8 @@ NONE_FAILED = "no call of this share failed"
 MARK = "========="
 """What each line of compute-sanitizer's begins with."""
 PLACE = r"(?P<kernel>\w+)\+0x[0-9a-f]+ in (?P<file>\S+):(?P<line>\d+)"
-READ = re.compile(rf"{MARK} Error: Race reported between Read access at {PLACE}")
-WRITE = re.compile(rf"{MARK}     and Write access at {PLACE} \[\d+ hazards?\]")
+FIRST = re.compile(rf"{MARK} Error: Race reported between (?P<kind>Read|Write) access at {PLACE}")
+OTHER = re.compile(rf"{MARK}     and (?P<kind>Read|Write) access at {PLACE} \[\d+ hazards?\]")
 SUMMARY = re.compile(
     rf"{MARK} RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)"
 )
@@ -257,6 +258,28 @@ def places_of_triton(folder: Path | None = None) -> dict[str, Places]:
     return places
 
 
+@dataclass(frozen=True)
+class Board:
+    """Lines of a module that hands numbers on in shared memory: where they are written, and where read."""
+
+    file: str
+    writes: frozenset[int]
+    reads: frozenset[int]
+
+
+def board_of(path: Path | None = None) -> Board:
+    """That of a module, or of ``fap_kernels.hopper.announcements``."""
+    if path is None:
+        from fap_kernels import hopper
+
+        path = Path(hopper.__path__[0]) / "announcements.py"
+    lines: dict[str, set[int]] = {"store": set(), "load": set()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in lines:
+            lines[node.func.attr].add(node.lineno)
+    return Board(path.name, frozenset(lines["store"]), frozenset(lines["load"]))
+
+
 def lines_of_partitions(statement: ast.stmt) -> Iterator[int]:
     """Where it begins, and where each call of ``warp_specialize`` in it does; nothing where there is none."""
     for call in ast.walk(statement):
@@ -272,44 +295,54 @@ class Verdict:
     Attributes:
         clean: whether nothing was found but what is set aside.
         rest: the output, less that.
-        set_aside: how many reports that is, by kernel.
+        set_aside: how many reports that is, by kernel, of Triton's own byte.
+        announced: the same of numbers that are handed on.
     """
 
     clean: bool
     rest: str
     set_aside: Counter[str] = field(default_factory=Counter)
+    announced: Counter[str] = field(default_factory=Counter)
 
 
-def judge(tool: str, code: int | None, text: str, places: dict[str, Places]) -> Verdict:
-    """Judge a share by its exit code and output, setting aside what racecheck reports of Triton itself.
+def judge(tool: str, code: int | None, text: str, places: dict[str, Places], board: Board) -> Verdict:
+    """Judge a share by its exit code and output, setting aside what racecheck is wrong about.
 
     Worker warps read a byte of shared memory for the number of the function that they are to run, and the
     kernel's first warps write it. Barriers of all warps keep the two apart, but racecheck reports them, of
     kernels of a few lines too. It is known by its lines: a read at the kernel's entry, and writes there or
     where the partitions are made. What partitions themselves do has other lines.
 
-    A share with errors is clean only if all are of this kind: as many as the summary counts, nothing else
+    Nor does it follow numbers from one partition to another by mbarriers, waited for and arrived at as Triton
+    does: of a kernel of a few lines in which one warp writes a number, arrives, and others that waited read
+    it and arrive, it reports every write and read. Such reports have the ``board``'s lines alone.
+    ``test_numbers_are_handed_on_between_barriers`` looks in the machine code for what keeps them apart.
+
+    A share with errors is clean only if all are of these kinds: as many as the summary counts, nothing else
     that compute-sanitizer says, and no call that failed.
     """
     if tool != "racecheck":
         return Verdict(code == 0, text)
     set_aside: Counter[str] = Counter()
+    announced: Counter[str] = Counter()
     rest: list[str] = []
     for block in blocks(text):
-        kernel = kernel_of_tritons_own(block, places)
-        if kernel is None:
-            rest += block
-        else:
+        kernel, accesses = accesses_of(block, places)
+        if kernel is not None and are_tritons_own(accesses, places[kernel], board):
             set_aside[kernel] += 1
+        elif kernel is not None and are_announcements(accesses, board):
+            announced[kernel] += 1
+        else:
+            rest += block
     said = [line for line in rest if MARK in line and line not in TITLES]
     if code == 0:
         clean = not any("Error" in line for line in said)
     else:
-        own = set_aside.total()
+        own = set_aside.total() + announced.total()
         counted = [match and tuple(map(int, match.groups())) for match in map(SUMMARY.fullmatch, said)]
         # The summary alone: so many hazards, all of them errors.
         clean = code == SEEN and own > 0 and counted == [(own, own, 0)] and NONE_FAILED in rest
-    return Verdict(clean, "\n".join(rest), set_aside)
+    return Verdict(clean, "\n".join(rest), set_aside, announced)
 
 
 def blocks(text: str) -> list[list[str]]:
@@ -326,41 +359,84 @@ def blocks(text: str) -> list[list[str]]:
     return split
 
 
-def kernel_of_tritons_own(block: list[str], places: dict[str, Places]) -> str | None:
-    """The kernel in which a report has seen Triton itself, and nothing else; None for anything else."""
-    read = READ.fullmatch(block[0])
-    known = places.get(read["kernel"]) if read else None
-    if read is None or known is None:
-        return None
-    writes = [WRITE.fullmatch(line) for line in block[1:] if line != MARK]
-    place = (read["kernel"], known.file)
-    reads_there = read["file"] == known.file and int(read["line"]) in known.entry
-    writes_there = [
-        write is not None
-        and write.group("kernel", "file") == place
-        and int(write["line"]) in known.entry | known.partitions
-        for write in writes
-    ]
-    return read["kernel"] if reads_there and writes and all(writes_there) else None
+class Access(NamedTuple):
+    """One of the accesses that a report names."""
+
+    kind: str
+    file: str
+    line: int
+
+
+def accesses_of(block: list[str], places: dict[str, Places]) -> tuple[str | None, list[Access]]:
+    """The kernel with partitions that a report is of, and the accesses; None and none for anything else."""
+    matches = [FIRST.fullmatch(block[0]), *(OTHER.fullmatch(line) for line in block[1:] if line != MARK)]
+    accesses, kernels = [], set()
+    for match in matches:
+        if match is None:
+            return None, []
+        accesses.append(Access(match["kind"], match["file"], int(match["line"])))
+        kernels.add(match["kernel"])
+    if len(kernels) > 1 or len(accesses) < 2 or not kernels <= places.keys():
+        return None, []
+    return kernels.pop(), accesses
+
+
+def are_tritons_own(accesses: list[Access], known: Places, board: Board) -> bool:
+    """Whether a report has seen Triton itself, and nothing else."""
+    first, *others = accesses
+    # What follows a line of the board that was inlined is taken to stand in the same file, with its own line.
+    files = (known.file, board.file)
+    return (
+        first.kind == "Read"
+        and first.file == known.file
+        and first.line in known.entry
+        and all(
+            other.kind == "Write"
+            and (
+                (other.file == known.file and other.line in known.entry)
+                or (other.file in files and other.line in known.partitions - board.writes)
+            )
+            for other in others
+        )
+    )
+
+
+def are_announcements(accesses: list[Access], board: Board) -> bool:
+    """Whether a report has seen numbers of the board being written and read, and nothing else."""
+    lines = {"Write": board.writes, "Read": board.reads}
+    return {access.kind for access in accesses} == lines.keys() and all(
+        access.file == board.file and access.line in lines[access.kind] for access in accesses
+    )
 
 
 def report(
-    tool: str, results: list[tuple[int | None, str]], seconds: float, places: dict[str, Places]
+    tool: str,
+    results: list[tuple[int | None, str]],
+    seconds: float,
+    places: dict[str, Places],
+    board: Board,
 ) -> int:
     """Print what the shares have come to under a tool, and return how many are not clean."""
     ran = sum(text.count("\nran ") + text.startswith("ran ") for _, text in results)
-    verdicts = [judge(tool, code, text, places) for code, text in results]
+    verdicts = [judge(tool, code, text, places, board) for code, text in results]
     codes = (code for code, _ in results)
     dirty = [(code, verdict) for code, verdict in zip(codes, verdicts, strict=True) if not verdict.clean]
     print(f"{tool}: {ran} calls, {len(dirty)} shares not clean, {seconds:.0f} s")
     if tool == "racecheck":
-        set_aside = sum((verdict.set_aside for verdict in verdicts), Counter())
-        by_kernel = "".join(f", {count} in {kernel}" for kernel, count in sorted(set_aside.items()))
-        print(f"{tool}: {set_aside.total()} reports set aside as Triton's own{by_kernel}", flush=True)
+        print_set_aside(tool, "as Triton's own", (verdict.set_aside for verdict in verdicts))
+        print_set_aside(tool, "as handed on by mbarriers", (verdict.announced for verdict in verdicts))
     for code, verdict in dirty:
-        less = f", less {verdict.set_aside.total()} reports set aside" if verdict.set_aside else ""
+        count = verdict.set_aside.total() + verdict.announced.total()
+        less = f", less {count} reports set aside" if count else ""
         print(f"exit code {code}{less}\n{verdict.rest[-6000:]}", flush=True)
     return len(dirty)
+
+
+def print_set_aside(tool: str, why: str, counters: Iterable[Counter[str]]) -> None:
+    """Say how many reports were set aside, and of which kernels."""
+    total = sum(counters, Counter[str]())
+    by_kernel = "".join(f", {count} in {kernel}" for kernel, count in sorted(total.items()))
+    print(f"{tool}: {total.total()} reports set aside {why}{by_kernel}", flush=True)
 
 
 def main() -> int:
@@ -380,7 +456,7 @@ def main() -> int:
         return 1 if run_share(options.share, options.groups, options.device, options.only) else 0
     python = [sys.executable, __file__, "--device", options.device, "--groups", *options.groups]
     python += ["--only", options.only]
-    places = places_of_triton()
+    places, board = places_of_triton(), board_of()
     bad = 0
     for tool in ("none", *options.tools):
         limit = "0" if tool == "racecheck" else PRINT_LIMIT  # 0: no limit
@@ -388,7 +464,7 @@ def main() -> int:
         begin = time.monotonic()
         command = python if tool == "none" else [*sanitizer, *python]
         results = run_all(command, options.jobs, options.timeout)
-        bad += report(tool, results, time.monotonic() - begin, places)
+        bad += report(tool, results, time.monotonic() - begin, places, board)
     return 1 if bad else 0
 
 

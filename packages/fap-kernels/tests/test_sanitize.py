@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import sanitize
-from sanitize import NONE_FAILED, SEEN, Places, judge, places_of_triton
+from sanitize import NONE_FAILED, SEEN, Board, Places, board_of, judge, places_of_triton
 from test_hopper import compile_forward, needs_gluon
 from test_hopper_backward import compile_backward
 
@@ -51,6 +51,16 @@ BACKWARD = """\
 =========     and Write access at hopper_backward_kernel+0xf2f0 in backward.py:92 [29 hazards]
 ========= 
 """  # noqa: W291 - as it is printed
+ANNOUNCED = """\
+========= Error: Race reported between Read access at hopper_forward_kernel+0x3ac0 in announcements.py:128
+=========     and Write access at hopper_forward_kernel+0x14f0 in announcements.py:122 [48 hazards]
+=========     and Write access at hopper_forward_kernel+0x1520 in announcements.py:122 [48 hazards]
+========= 
+========= Error: Race reported between Write access at hopper_forward_kernel+0x2f10 in announcements.py:122
+=========     and Read access at hopper_forward_kernel+0x9ee0 in announcements.py:128 [4 hazards]
+========= 
+"""  # noqa: W291 - as it is printed
+BOARD = Board("announcements.py", frozenset({122}), frozenset({128}))  # where those were made
 # What compute-sanitizer says where it leaves some out.
 LEFT_OUT = "========= ERROR SUMMARY: 2 errors were not printed. Use --print-limit option to adjust\n"
 
@@ -127,25 +137,26 @@ def test_what_is_tritons_own_is_set_aside_and_counted(
     places: dict[str, Places], capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = output(FORWARD, BACKWARD, FORWARD)
-    verdict = judge("racecheck", SEEN, text, places)
+    verdict = judge("racecheck", SEEN, text, places, BOARD)
     assert verdict.clean
     assert verdict.set_aside == {"hopper_forward_kernel": 2, "hopper_backward_kernel": 1}
     assert verdict.rest == output(errors=3).strip()
-    assert judge("racecheck", SEEN, output(FORWARD), places).clean, "in the singular"
+    assert judge("racecheck", SEEN, output(FORWARD), places, BOARD).clean, "in the singular"
 
-    assert sanitize.report("racecheck", [(SEEN, text), (0, output()), (SEEN, text)], 7.0, places) == 0
+    assert sanitize.report("racecheck", [(SEEN, text), (0, output()), (SEEN, text)], 7.0, places, BOARD) == 0
     assert capsys.readouterr().out.splitlines() == [
         "racecheck: 3 calls, 0 shares not clean, 7 s",
         (
             "racecheck: 6 reports set aside as Triton's own"
             ", 2 in hopper_backward_kernel, 4 in hopper_forward_kernel"
         ),
+        "racecheck: 0 reports set aside as handed on by mbarriers",
     ]
 
 
 def test_lines_of_the_share_may_stand_within_a_report(places: dict[str, Places]) -> None:
     first, *others = FORWARD.splitlines(keepends=True)
-    verdict = judge("racecheck", SEEN, output(f"{first}ran d64-full\n{''.join(others)}"), places)
+    verdict = judge("racecheck", SEEN, output(f"{first}ran d64-full\n{''.join(others)}"), places, BOARD)
     assert verdict.clean
     assert "ran d64-full" in verdict.rest
 
@@ -155,7 +166,9 @@ def test_lines_of_the_share_may_stand_within_a_report(places: dict[str, Places])
     [
         ("forward.py:118", "forward.py:300"),  # a write in a partition
         ("forward.py:118", "forward.py:109"),  # in the kernel, before its partitions
-        ("forward.py:118", "announcements.py:118"),
+        ("forward.py:118", "ring.py:118"),
+        ("forward.py:118", "announcements.py:111"),  # neither of the board nor of the call
+        ("forward.py:118", "announcements.py:122"),  # a write of the board
         ("forward_kernel+0x1ad10 in forward.py:118", "backward_kernel+0x1ad10 in backward.py:92"),
         ("+0x250 in forward.py:79", "+0x250 in forward.py:118"),  # not read at the entry
         ("+0x250 in forward.py:79", "+0x250 in forward.py:215"),
@@ -173,13 +186,13 @@ def test_another_report_is_a_finding(
     other = FORWARD.replace(before, after)
     assert other != FORWARD
     text = output(FORWARD, other, BACKWARD)
-    verdict = judge("racecheck", SEEN, text, places)
+    verdict = judge("racecheck", SEEN, text, places, BOARD)
     assert not verdict.clean
     assert verdict.set_aside.total() == 2
     assert verdict.rest == output(other, errors=3).replace("= \n", "=\n").strip()
-    assert not judge("racecheck", SEEN, output(other), places).clean
+    assert not judge("racecheck", SEEN, output(other), places, BOARD).clean
 
-    assert sanitize.report("racecheck", [(SEEN, text), (SEEN, output(FORWARD))], 7.0, places) == 1
+    assert sanitize.report("racecheck", [(SEEN, text), (SEEN, output(FORWARD))], 7.0, places, BOARD) == 1
     out = capsys.readouterr().out
     assert "1 shares not clean" in out
     assert "racecheck: 3 reports set aside" in out
@@ -187,8 +200,90 @@ def test_another_report_is_a_finding(
     assert other.strip() in out
 
 
+def test_what_follows_an_inlined_line_may_bear_its_file(places: dict[str, Places]) -> None:
+    text = output(FORWARD.replace("forward.py:118", "announcements.py:118"))
+    assert judge("racecheck", SEEN, text, places, BOARD).clean
+
+
+def test_the_boards_lines_are_found_in_the_source() -> None:
+    from fap_kernels.hopper import announcements
+
+    board = board_of()
+    lines = ["", *Path(announcements.__file__).read_text().splitlines()]
+    assert [lines[number].strip() for number in (*board.writes, *board.reads)] == [
+        "numbers.index(place).store(gl.full([1], value, gl.int32, LAYOUT))",
+        "return gl.max(numbers.index(place).load(LAYOUT), 0)",
+    ]
+
+
+def test_numbers_that_are_handed_on_are_set_aside_and_counted(
+    places: dict[str, Places], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = output(ANNOUNCED, FORWARD, errors=3)
+    verdict = judge("racecheck", SEEN, text, places, BOARD)
+    assert verdict.clean
+    assert verdict.announced == {"hopper_forward_kernel": 2}
+    assert verdict.set_aside == {"hopper_forward_kernel": 1}
+    assert sanitize.report("racecheck", [(SEEN, text)], 7.0, places, BOARD) == 0
+    out = capsys.readouterr().out
+    assert "racecheck: 2 reports set aside as handed on by mbarriers, 2 in hopper_forward_kernel\n" in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("announcements.py:128", "announcements.py:127"),
+        ("announcements.py:128", "ring.py:128"),
+        ("announcements.py:122 [48", "announcements.py:121 [48"),
+        ("and Write access", "and Read access"),  # two reads do not race: another line is meant
+        ("hopper_forward_kernel+0x1520", "hopper_redo_kernel+0x1520"),
+        ("hopper_forward_kernel", "hopper_redo_kernel"),
+        ("Error: Race", "Warning: Race"),
+    ],
+)
+def test_another_report_of_the_board_is_a_finding(places: dict[str, Places], before: str, after: str) -> None:
+    other = ANNOUNCED.replace(before, after, 1)
+    assert other != ANNOUNCED
+    assert not judge("racecheck", SEEN, output(other, errors=2), places, BOARD).clean
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    "kind", ["forward", "backward", "backward in a fixed order", "backward, packed"],
+)  # fmt: skip
+def test_numbers_are_handed_on_between_barriers(kind: str) -> None:
+    """Racecheck does not follow them. So: wait, access, a barrier of the partition's warps, arrive."""
+    if kind == "forward":
+        compiled = compile_forward(head_dim=64, packed=True)
+    else:
+        call = {"deterministic": "order" in kind, "packed": "packed" in kind}
+        compiled = compile_backward(head_dim=64, seqlen_k=4096, **call)
+    board = board_of()
+    numbers = re.findall(rf'\.file\s+(\d+) ".*{board.file}"', compiled.assembly)
+    assert numbers
+    reads, writes, place, state = 0, 0, ("", 0), "apart"
+    for text in compiled.assembly.splitlines():
+        if match := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
+            place = match[1], int(match[2])
+        of_board = place[0] in numbers and place[1] in board.writes | board.reads
+        if "mbarrier.try_wait" in text or text.startswith("$L__BB"):
+            state = "waited"  # or, after a label, elsewhere: two branches may share what they begin with
+        elif of_board and re.search(r"\b(ld|st)\.shared", text):
+            assert state in ("waited", "accessed", "met")
+            state = "accessed"
+            reads += "ld.shared" in text
+            writes += "st.shared" in text
+        elif re.search(r"\bbar\.(warp\.)?sync\b", text) and state == "accessed":
+            state = "met"
+        elif "mbarrier.arrive" in text:
+            assert state != "accessed", "others are told before all lanes were there"
+            state = "apart"
+    assert reads
+    assert writes
+
+
 def test_a_report_without_its_writes_is_a_finding(places: dict[str, Places]) -> None:
-    assert not judge("racecheck", SEEN, output(FORWARD.splitlines(keepends=True)[0]), places).clean
+    assert not judge("racecheck", SEEN, output(FORWARD.splitlines(keepends=True)[0]), places, BOARD).clean
 
 
 @pytest.mark.parametrize(
@@ -208,7 +303,7 @@ def test_a_report_without_its_writes_is_a_finding(places: dict[str, Places]) -> 
 def test_reports_that_are_not_as_many_as_are_counted_are_not_clean(
     places: dict[str, Places], text: str
 ) -> None:
-    assert not judge("racecheck", SEEN, text, places).clean
+    assert not judge("racecheck", SEEN, text, places, BOARD).clean
 
 
 @pytest.mark.parametrize(
@@ -226,19 +321,19 @@ def test_reports_that_are_not_as_many_as_are_counted_are_not_clean(
 def test_nothing_else_that_goes_wrong_is_hidden(
     places: dict[str, Places], code: int | None, text: str
 ) -> None:
-    assert not judge("racecheck", code, text, places).clean
+    assert not judge("racecheck", code, text, places, BOARD).clean
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck", "none"])
 def test_another_tools_errors_are_never_set_aside(
     places: dict[str, Places], capsys: pytest.CaptureFixture[str], tool: str
 ) -> None:
-    verdict = judge(tool, SEEN, output(FORWARD), places)
+    verdict = judge(tool, SEEN, output(FORWARD), places, BOARD)
     assert not verdict.clean
     assert not verdict.set_aside
     assert verdict.rest == output(FORWARD)
-    assert judge(tool, 0, "ran d64-full\n", places).clean
-    assert sanitize.report(tool, [(SEEN, output(FORWARD))], 7.0, places) == 1
+    assert judge(tool, 0, "ran d64-full\n", places, BOARD).clean
+    assert sanitize.report(tool, [(SEEN, output(FORWARD))], 7.0, places, BOARD) == 1
     assert FORWARD in capsys.readouterr().out
 
 
@@ -250,12 +345,12 @@ def test_memchecks_errors_at_the_same_lines_are_findings(places: dict[str, Place
 =========     by thread (0,0,0) in block (0,0,0)
 ========= ERROR SUMMARY: 1 error
 """
-    assert not judge("memcheck", SEEN, text, places).clean
-    assert not judge("racecheck", SEEN, output(text, errors=1), places).clean
+    assert not judge("memcheck", SEEN, text, places, BOARD).clean
+    assert not judge("racecheck", SEEN, output(text, errors=1), places, BOARD).clean
 
 
 def test_without_errors_it_is_clean(places: dict[str, Places]) -> None:
-    assert judge("racecheck", 0, output(), places).clean
+    assert judge("racecheck", 0, output(), places, BOARD).clean
 
 
 @pytest.mark.parametrize(("tool", "limit"), [("memcheck", sanitize.PRINT_LIMIT), ("racecheck", "0")])

@@ -58,6 +58,10 @@ class HopperConfig:
             work.
         overlap_tiles: start on the next query tile's scores beside the last product of this one; needs a
             persistent program, and shared memory for another tile of queries.
+        out_parts: in how many parts of its columns, one or two, the output leaves through shared memory of
+            its own, beside the next query tile's first scores, whose queries are fetched while this one's
+            last weights are multiplied; needs a persistent program, and shared memory for a part. 0 lets the
+            output leave through the place of the queries, or as ``overlap_tiles`` says.
         queries_ahead: fetch the next query tile's queries while this one's are in use, as ``overlap_tiles``
             does too; needs a persistent program, and shared memory for another tile of queries.
         optimistic: stop raising the reference of the softmax once each row has met a key.
@@ -75,6 +79,7 @@ class HopperConfig:
     persistent: bool = False
     paired: bool = False
     overlap_tiles: bool = False
+    out_parts: int = 0
     queries_ahead: bool = False
     optimistic: bool = True
     turns: bool = False
@@ -85,6 +90,10 @@ class HopperConfig:
         if self.stages < 2:
             raise ValueError(
                 f"stages must be at least 2, got {self.stages}: the warpgroups would wait forever"
+            )
+        if self.out_parts and (self.overlap_tiles or self.width < 64 * self.out_parts):
+            raise ValueError(
+                "the output leaves in parts of at least 64 columns, and where tiles overlap as a whole"
             )
         if self.beside > 1 and self.warpgroups > 1:
             raise ValueError("programs of several warpgroups leave no registers for another one beside them")
@@ -227,8 +236,9 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=128, packed=True, plain=True, bounded=False,
               config=HopperConfig(128, 2, 128, 2, tickets=True, **_FLOWING),
               why="622 at 2k, 612 mixed; portable 444, 425; one tile a program 589, 596"),
-    HopperRow(head_dim=256, packed=True, plain=True, config=HopperConfig(256, 2, 64, 2, turns=True),
-              why="676 and causal 534 at 2k, 632 and 539 mixed; portable 447, 395, 480, 386"),
+    HopperRow(head_dim=256, packed=True, plain=True,
+              config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, tickets=True, out_parts=2),
+              why="681, causal 583 at 2k, 562 mixed, H200; one tile a program 626, 519, 534"),
 
     # ALiBi raises logits far from where the sweep starts, so a reference that stays would be outgrown.
     HopperRow(head_dim=64, plain=False, config=HopperConfig(64, 1, 64, 3, optimistic=False, beside=3),
@@ -291,13 +301,14 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
 
     HopperRow(head_dim=160, bounded=True, config=HopperConfig(256, 2, 64, 2, turns=True), by_default=False,
               why="d160: the portable kernel is faster by 1.11 at 4k, causal"),
-    HopperRow(head_dim=256, bounded=False, config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True),
-              why="522 at 512, 754 at 2k, 858 at 16k; portable 359, 479, 539, cuDNN 524, 649, 676"),
-    HopperRow(head_dim=256, bounded=True, seqlen_from=4096, config=HopperConfig(256, 2, 64, 2, turns=True),
-              why="674 at 8k, heads one by one 638; 725, 826 at 16k; cuDNN 556, 580; no turns 647, 761"),
+    HopperRow(head_dim=256, bounded=False,
+              config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, out_parts=2),
+              why="544 at 512, 697 at 2k, 752 at 8k; by the queries' place 494, 671, 747; cuDNN 524, 669"),
+    HopperRow(head_dim=256, bounded=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="686 at 8k, 706 at 16k; pairs 677, 685; cuDNN 622, 613"),
     HopperRow(head_dim=256, bounded=True,
-              config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True),
-              why="297 at 512, 603 at 2k; portable 238, 389, cuDNN 346, 539"),
+              config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2),
+              why="357 at 512, 572 at 2k, 649 at 4k; by the queries' place 320, 544, one tile 630 at 4k"),
 )  # fmt: skip
 
 # Run for marked tiles alone; small, so that many programs look at marks side by side.

@@ -18,6 +18,9 @@ memory, products are asynchronous, and the softmax of one key tile runs beside a
                  │ O+=P V of the last key tile of this one
                  └ O / sum through shared memory to memory, LSE = max + log(sum)
 
+Where there is no room for the next tile's queries before this one has left theirs, S0 follows O += P V of the
+last key tile instead, and runs beside the way of O through shared memory.
+
 Of packed sequences the fetcher also announces which tile comes next (``fap_kernels.hopper.announcements``).
 
 Keys are swept from the last one down. Those that a later warpgroup alone sees, the others give back as they
@@ -82,8 +85,8 @@ def hopper_forward_kernel(
     nheads, group, seqlen_q, seqlen_k, items, heads_beside, tickets,
     window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
-    OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+    Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
+    PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
 
@@ -99,7 +102,7 @@ def hopper_forward_kernel(
     keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
     values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
     staging = queries.tiles  # no longer needed once a tile's output is there
-    if OVERLAP_TILES:
+    if OVERLAP_TILES or OUT_PARTS > 0:
         staging = gl.allocate_shared_memory(
             out_part0.dtype, [WARPGROUPS] + out_part0.block_shape, out_part0.layout
         )
@@ -118,8 +121,8 @@ def hopper_forward_kernel(
     if WARPGROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 1, Q_STAGES, OVERLAP_TILES, PAIRED,
-                             OPTIMISTIC, TURNS)),
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 1, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 1, Q_STAGES, PAIRED)),
             ],
             [1],
@@ -128,10 +131,10 @@ def hopper_forward_kernel(
     elif WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, PAIRED,
-                             OPTIMISTIC, TURNS)),
-                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, PAIRED,
-                             OPTIMISTIC, TURNS)),
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS)),
+                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 2, Q_STAGES, PAIRED)),
             ],
             [4, 1],
@@ -140,12 +143,12 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, PAIRED,
-                             OPTIMISTIC, TURNS)),
-                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, PAIRED,
-                             OPTIMISTIC, TURNS)),
-                (_multiply, (2, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, PAIRED,
-                             OPTIMISTIC, TURNS)),
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS)),
+                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS)),
+                (_multiply, (2, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 3, Q_STAGES, PAIRED)),
             ],
             [4, 4, 1],
@@ -193,8 +196,8 @@ def _fetch(
 @gluon.jit
 def _multiply(
     WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, OVERLAP_TILES: gl.constexpr, PAIRED: gl.constexpr,
-    OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+    WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
+    PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Compute the 64 rows of one warpgroup of each query tile.
 
@@ -209,31 +212,25 @@ def _multiply(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
     stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
+    # Whether the next tile's first scores are there before this one's output has left.
+    AHEAD: gl.constexpr = OVERLAP_TILES or OUT_PARTS > 0
     if TURNS:
         turns.first_turn(WARPGROUP, WARPGROUPS)
 
     turn, there, tile = announcements.tile_at(operands.board, 0, call, 0, BLOCK_M, PAIRED)
-    if OVERLAP_TILES:
-        sweep, stage, phase = _own_sweep(
-            operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
-        )
-        q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
-        s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
-        s = warpgroup_mma_wait(0, [s])
-        mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
-        weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
-        weights = pairs.rounded(weights, operands.v_ring)
+    if AHEAD:
+        begun, sweep, stage, phase = _begin(
+            operands, tile, there, WARPGROUP, q_slot, q_phase, stage, phase,
+            BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, S,
+        )  # fmt: skip
+        weights, row_max, sums = _weigh_begun(begun, operands, tile, there, WARPGROUP, sweep, stage)
     while there:
-        if not OVERLAP_TILES:
-            sweep, stage, phase = _own_sweep(
-                operands, tile, True, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
-            )
-            q = _queries(operands.q_ring, q_slot, q_phase, True, WIDTH)
-            s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
-            s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(operands.k_ring.empty.index(stage))
-            weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
-            weights = pairs.rounded(weights, operands.v_ring)
+        if not AHEAD:
+            s, sweep, stage, phase = _begin(
+                operands, tile, True, WARPGROUP, q_slot, q_phase, stage, phase,
+                BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, S,
+            )  # fmt: skip
+            weights, row_max, sums = _weigh_begun(s, operands, tile, True, WARPGROUP, sweep, stage)
             if Q_STAGES == 2:
                 # By now the output of the tile before has left the slot of its queries.
                 tma.store_wait(0)
@@ -244,7 +241,7 @@ def _multiply(
             tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
-        if OVERLAP_TILES:
+        if AHEAD:
             mbarrier.arrive(operands.q_ring.empty.index(q_slot))
         count += 1
         turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
@@ -279,11 +276,27 @@ def _multiply(
         tma.store_wait(0)
         mbarrier.arrive(operands.v_ring.empty.index(v_stage))
 
-        place = operands.staging.index(WARPGROUP if OVERLAP_TILES else done_slot)
-        _store(operands, done, WARPGROUP, acc, done_max, done_sums, place, WIDTH, OPTIMISTIC)
-        if Q_STAGES == 1:
-            tma.store_wait(0)
-            mbarrier.arrive(operands.q_ring.empty.index(done_slot))
+        out = _finish(operands, done, WARPGROUP, acc, done_max, done_sums, OPTIMISTIC)
+        if OUT_PARTS > 0:
+            # S = Q K^T of the next tile's first keys runs beside this one's last way to memory.
+            place = operands.staging.index(WARPGROUP)
+            if OUT_PARTS == 2:
+                first, out = gl.split(out.reshape([ROWS, 2, WIDTH // 2]).permute([0, 2, 1]))
+                _drain(operands, done, WARPGROUP, first, place, 0)
+            s, sweep, stage, phase = _begin(
+                operands, tile, there, WARPGROUP, q_slot, q_phase, stage, phase,
+                BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, S,
+            )  # fmt: skip
+            if OUT_PARTS == 2:
+                tma.store_wait(0)
+            _drain(operands, done, WARPGROUP, out, place, WIDTH - WIDTH // OUT_PARTS)
+            weights, row_max, sums = _weigh_begun(s, operands, tile, there, WARPGROUP, sweep, stage)
+        else:
+            place = operands.staging.index(WARPGROUP if OVERLAP_TILES else done_slot)
+            _drain(operands, done, WARPGROUP, out, place, 0)
+            if Q_STAGES == 1:
+                tma.store_wait(0)
+                mbarrier.arrive(operands.q_ring.empty.index(done_slot))
     tma.store_wait(0)
 
 
@@ -372,6 +385,30 @@ def _logits(s, operands, tile, WARPGROUP: gl.constexpr, first_key, MASKED: gl.co
 
 
 @gluon.jit
+def _begin(
+    operands, tile, there, WARPGROUP: gl.constexpr, q_slot, q_phase, stage, phase, BLOCK_N: gl.constexpr,
+    WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, TURNS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Start on a query tile: its first scores, not waited for, its sweep, and where the rings are then."""
+    sweep, stage, phase = _own_sweep(
+        operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
+    )
+    q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
+    s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, LAYOUT)
+    return s, sweep, stage, phase
+
+
+@gluon.jit
+def _weigh_begun(s, operands, tile, there, WARPGROUP: gl.constexpr, sweep, stage):
+    """Wait for a query tile's first scores, give their keys back, and weigh them."""
+    s = warpgroup_mma_wait(0, [s])
+    mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
+    weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
+    return pairs.rounded(weights, operands.v_ring), row_max, sums
+
+
+@gluon.jit
 def _weigh_first(s, operands, tile, WARPGROUP: gl.constexpr, sweep):
     """The weights of a sweep's first key tile, with the maximum and the sums of each row."""
     x = _logits(s, operands, tile, WARPGROUP, sweep.top, True)
@@ -453,11 +490,8 @@ def _step(
 
 
 @gluon.jit
-def _store(
-    operands, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, place, WIDTH: gl.constexpr,
-    OPTIMISTIC: gl.constexpr,
-):  # fmt: skip
-    """Normalise the output, start its way to memory through ``place``, and store the LSE."""
+def _finish(operands, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, OPTIMISTIC: gl.constexpr):
+    """Normalise and round the output, and store the LSE."""
     factor, row_lse, row_sum = softmax.finish(row_max, sums)
     if OPTIMISTIC:
         row_lse = softmax.mark_overflow(row_lse, row_sum, acc)
@@ -467,8 +501,14 @@ def _store(
     entry = rows.vector_of(operands.lse, strides, tile.q_batch, tile.head, tile.q_start)
     gl.store(entry + row, row_lse, mask=row < tile.seqlen_q)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
-    q_packed = tile.q_start if call.cu_seqlens_q is not None else None
+    return acc.to(operands.out.dtype)
+
+
+@gluon.jit
+def _drain(operands, tile, WARPGROUP: gl.constexpr, out, place, FIRST_COLUMN: gl.constexpr):
+    """Start the way to memory of the output's columns from ``FIRST_COLUMN`` on, through ``place``."""
+    q_packed = tile.q_start if operands.call.cu_seqlens_q is not None else None
     out_rows = rows.Rows(None, None, operands.out, None, tile.q_batch, q_packed, tile.seqlen_q, None)
-    ring.matrix(place, ROWS, WIDTH).store(acc.to(operands.out.dtype))
+    ring.matrix(place, ROWS, out.shape[1]).store(out)
     fence_async_shared()
-    ring.drain(place, out_rows, tile.head, first_row)
+    ring.drain(place, out_rows, tile.head, tile.first_query + WARPGROUP * ROWS, FIRST_COLUMN)

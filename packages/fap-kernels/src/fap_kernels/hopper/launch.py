@@ -75,7 +75,9 @@ def plan_hopper_forward(
             "q_part0": tile_descriptor(q, WARPGROUP_ROWS, config.width, packed),
             "k_part0": tile_descriptor(k, config.block_n, config.width, packed),
             "v_part0": tile_descriptor(v, config.block_n, config.width, packed),
-            "out_part0": tile_descriptor(out, WARPGROUP_ROWS, config.width, packed),
+            "out_part0": tile_descriptor(
+                out, WARPGROUP_ROWS, config.width // max(config.out_parts, 1), packed
+            ),
             **common,
             **slots,
             "items": items,
@@ -87,6 +89,7 @@ def plan_hopper_forward(
             "WARPGROUPS": config.warpgroups,
             "Q_STAGES": 2 if config.overlap_tiles or config.queries_ahead else 1,
             "OVERLAP_TILES": config.overlap_tiles,
+            "OUT_PARTS": config.out_parts,
             "PAIRED": config.paired,
             "OPTIMISTIC": config.optimistic,
             "TURNS": config.turns,

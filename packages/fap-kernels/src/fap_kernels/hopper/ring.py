@@ -103,19 +103,19 @@ def fill_numbered(numbered, stage, rows, head, first, vector, position):
 
 
 @gluon.jit
-def drain(tile, rows, head, first):
-    """Write a tile of shared memory to those rows from ``first`` on that exist."""
-    tma_store(rows.part0, coordinates_of(rows, head, first), tile)
+def drain(tile, rows, head, first, FIRST_COLUMN: gl.constexpr = 0):
+    """Write a tile of shared memory to those rows from ``first`` on, and columns, that exist."""
+    tma_store(rows.part0, coordinates_of(rows, head, first, FIRST_COLUMN), tile)
 
 
 @gluon.jit
-def coordinates_of(rows, head, first):
+def coordinates_of(rows, head, first, FIRST_COLUMN: gl.constexpr = 0):
     """Where a descriptor finds a tile; ``fap_kernels.language.rows.WRAPPING_ROWS`` explains packed rows."""
     if rows.packed is None:
-        return [rows.batch, head, first, 0]
+        return [rows.batch, head, first, FIRST_COLUMN]
     else:
         row = WRAPPING_ROWS - rows.length + first
-        return [WRAPPING_ROWS, rows.packed + rows.length, head, row, 0]
+        return [WRAPPING_ROWS, rows.packed + rows.length, head, row, FIRST_COLUMN]
 
 
 @gluon.jit

@@ -66,6 +66,8 @@ class HopperConfig:
             does too; needs a persistent program, and shared memory for another tile of queries.
         optimistic: stop raising the reference of the softmax once each row has met a key.
         turns: let one warpgroup multiply while another weighs.
+        hold_queries: keep a tile's queries in registers while its keys are swept, which takes a fifth from
+            what products read of shared memory at width 128; a register for every two columns.
         beside: programs that share a multiprocessor and its registers, where one has a single warpgroup: what
             one of them waits for, the others fill with their work.
         tickets: have persistent programs draw query tiles from a counter, where tiles take unequally long;
@@ -83,6 +85,7 @@ class HopperConfig:
     queries_ahead: bool = False
     optimistic: bool = True
     turns: bool = False
+    hold_queries: bool = False
     beside: int = 1
     tickets: bool = False
 
@@ -268,8 +271,9 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(64, 3, 128, 3, persistent=True, turns=True),
               why="487 at 2k, 602 at 16k; portable 431, 450-504, cuDNN 459, 479; two warpgroups 468, 506"),
     HopperRow(head_dim=64, bounded=False,
-              config=HopperConfig(64, 1, 64, 3, persistent=True, overlap_tiles=True, beside=3),
-              why="388 at 512; portable 325, cuDNN 389; two warpgroups 361"),
+              config=HopperConfig(
+                  64, 1, 64, 3, persistent=True, overlap_tiles=True, hold_queries=True, beside=3),
+              why="377 at 512; queries not held 368; portable 325, cuDNN 389; two warpgroups 361, not held"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=8192,
               config=HopperConfig(64, 3, 128, 3, turns=True),
               why="510 at 8k, 542 at 16k; portable 395, 423, cuDNN 428, 436; two warpgroups 503, 514"),
@@ -281,8 +285,9 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="287 at 512, 362 at 1k; portable 211, 289, cuDNN 256, 333; two warpgroups 236, 341"),
 
     HopperRow(head_dim=128, bounded=False, seqlen_from=2048,
-              config=HopperConfig(128, 2, 128, 2, **_FLOWING),
-              why="698 at 2k, 783 at 16k; portable 508, 533, cuDNN 615, 642; never optimistic 607, 632"),
+              config=HopperConfig(
+                  128, 2, 128, 2, persistent=True, turns=True, hold_queries=True, out_parts=1),
+              why="642 at 2k, 720 at 8k, 733 at 16k; tiles overlapped, queries not held 636, 710, 729"),
     HopperRow(head_dim=128, bounded=False,
               config=HopperConfig(128, 2, 64, 4, **_FLOWING),
               why="515 at 512, 595 at 1k; portable 355, 418, cuDNN 492, 550; 128 keys 484, 575"),
@@ -290,11 +295,12 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True),
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=8192,
-              config=HopperConfig(128, 2, 128, 2),
-              why="669 at 8k, 701 at 16k; portable 451, 476, cuDNN 547, 555; pairs 654, 677"),
+              config=HopperConfig(128, 2, 128, 2, hold_queries=True),
+              why="634 at 8k, 681 at 16k; queries not held 622, 665; portable 451, 476, cuDNN 547, 555"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096,
-              config=HopperConfig(128, 2, 128, 2, persistent=True, paired=True, overlap_tiles=True),
-              why="593 at 4k; portable 421, cuDNN 502; 64 keys and turns 592, one tile a program 572"),
+              config=HopperConfig(
+                  128, 2, 128, 2, persistent=True, paired=True, overlap_tiles=True, hold_queries=True),
+              why="611 at 4k; queries not held 587; portable 421, cuDNN 502; one tile a program 559"),
     HopperRow(head_dim=128, bounded=True,
               config=HopperConfig(128, 2, 64, 4, paired=True, **_FLOWING),
               why="347 at 512, 442 at 1k, 533 at 2k; 128 keys 421, 521 at 1k, 2k; cuDNN 314, 392, 459"),

@@ -86,7 +86,7 @@ def hopper_forward_kernel(
     window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
-    PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+    PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr, HOLD_QUERIES: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
 
@@ -122,7 +122,7 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 1, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
-                             PAIRED, OPTIMISTIC, TURNS)),
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 1, Q_STAGES, PAIRED)),
             ],
             [1],
@@ -132,9 +132,9 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
-                             PAIRED, OPTIMISTIC, TURNS)),
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
                 (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
-                             PAIRED, OPTIMISTIC, TURNS)),
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 2, Q_STAGES, PAIRED)),
             ],
             [4, 1],
@@ -144,11 +144,11 @@ def hopper_forward_kernel(
         gl.warp_specialize(
             [
                 (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
-                             PAIRED, OPTIMISTIC, TURNS)),
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
                 (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
-                             PAIRED, OPTIMISTIC, TURNS)),
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
                 (_multiply, (2, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
-                             PAIRED, OPTIMISTIC, TURNS)),
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
                 (_fetch, (operands, parts, BLOCK_N, STAGES, 3, Q_STAGES, PAIRED)),
             ],
             [4, 4, 1],
@@ -197,7 +197,7 @@ def _fetch(
 def _multiply(
     WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
-    PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+    PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr, HOLD_QUERIES: gl.constexpr,
 ):  # fmt: skip
     """Compute the 64 rows of one warpgroup of each query tile.
 
@@ -238,7 +238,7 @@ def _multiply(
                 mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
             q_slot, weights, row_max, sums, operands, stage, phase,
-            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, O,
+            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
         if AHEAD:
@@ -339,15 +339,18 @@ def _queries(queries, slot, phase, there, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _queries_again(queries, slot, WIDTH: gl.constexpr):
-    """The queries of a slot, for a loop of their own.
+def _queries_again(queries, slot, held, WIDTH: gl.constexpr):
+    """The queries of a slot, or those ``held`` in registers, for a loop of their own.
 
     Their address is made of a slot of which nobody knows that it is the same. Else the assembler of Triton
     3.6 computes parts of the address in one loop for the next one as well, which is left without them where
     the first is skipped. ``left_unset`` of ``tests/ahead_of_time.py`` finds that in the machine code.
     """
-    slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [slot], gl.int32, is_pure=False, pack=1)
-    return ring.matrix(queries.tiles.index(slot), ROWS, WIDTH)
+    if held is not None:
+        return held
+    else:
+        slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [slot], gl.int32, is_pure=False, pack=1)
+        return ring.matrix(queries.tiles.index(slot), ROWS, WIDTH)
 
 
 @gluon.jit
@@ -422,7 +425,7 @@ def _sweep(
     q_slot, weights, row_max, sums, operands, stage, phase,
     tile, WARPGROUP: gl.constexpr, sweep,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr, O: gl.constexpr,
+    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr, HOLD_QUERIES: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
     """All steps after the first, whose ``weights`` wait for their values."""
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
@@ -430,22 +433,26 @@ def _sweep(
     phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
     v_stage, v_phase = stage, phase
     stage, phase = ring.advance(stage, phase, STAGES)
+    held = None
+    if HOLD_QUERIES:
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, row_max.type.layout.parent, 2)
+        held = ring.matrix(operands.q_ring.tiles.index(q_slot), ROWS, WIDTH).load(LEFT)
     # Without a bound the first step, which has its mask, settles all rows.
     if call.window_left is not None or call.window_right is not None:
-        q = _queries_again(operands.q_ring, q_slot, WIDTH)
+        q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
         for step in range(1, phases.settled):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
                 q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
-    q = _queries_again(operands.q_ring, q_slot, WIDTH)
+    q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
     for step in range(phases.settled, phases.unmasked_end):
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
             q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
             tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
         )  # fmt: skip
     if call.window_left is not None:
-        q = _queries_again(operands.q_ring, q_slot, WIDTH)
+        q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
         for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
                 q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,

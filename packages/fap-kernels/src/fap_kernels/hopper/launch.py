@@ -93,6 +93,7 @@ def plan_hopper_forward(
             "PAIRED": config.paired,
             "OPTIMISTIC": config.optimistic,
             "TURNS": config.turns,
+            "HOLD_QUERIES": config.hold_queries,
         },
         num_warps=4,
         maxnreg=config.maxnreg,

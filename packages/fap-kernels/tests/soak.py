@@ -27,10 +27,17 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MOST_HANDED_BACK = 0.1
 """Of all passes; more, and the soak is not of what it says."""
+FOUND = "found "
+"""What a batch's lines begin with that say what came of a problem."""
+STUCK = 30.0
+"""Seconds at one problem after which a batch that is stopped for want of time is taken to hang."""
 
 
 @dataclass
@@ -50,24 +57,22 @@ class Result:
         self.wrong += [(number, text) for number, text in wrong]
 
 
-def run_batch(numbers: range, seed: int, device: str) -> Result:
+def run_batch(numbers: range, seed: int, device: str) -> Iterator[Result]:
     """Run problems one after the other; say before each which it is, so that a hang has a name."""
     from soak_problems import check, draw, variants
 
     kinds = variants(seed)
-    result = Result()
     for number in numbers:
         print(number, flush=True)
         problem = draw(kinds[number % len(kinds)], number, seed)
         try:
             verdict = check(problem, device)
         except Exception:  # noqa: BLE001 - whatever it is, it goes with the problem's number
-            result.add(1, {}, {}, [(number, f"{problem}\n{traceback.format_exc()}")])
-            break  # an error of the GPU fails every later call too
+            yield Result(1, wrong=[(number, f"{problem}\n{traceback.format_exc()}")])
+            return  # an error of the GPU fails every later call too
         passes = Counter(f"{name} on Hopper" for name in verdict.on_hopper)
         passes.update(f"{name} handed back" for name in verdict.handed_back)
-        result.add(1, passes, verdict.errors, [(number, f"{problem}: {text}") for text in verdict.wrong])
-    return result
+        yield Result(1, passes, verdict.errors, [(number, f"{problem}: {text}") for text in verdict.wrong])
 
 
 @dataclass
@@ -95,11 +100,23 @@ class Batch:
             self.process.wait()
         return True
 
-    def collect(self, result: Result) -> None:
-        """Add what it found; that it did not come to its end is the fault of the problem that it was at."""
+    def stop(self) -> float:
+        """End it before its end; the seconds since it has last said anything."""
+        self.process.kill()
+        self.process.wait()
+        return time.time() - self.output.stat().st_mtime
+
+    def collect(self, result: Result, stopped_after: float | None = None) -> None:
+        """Add what it found; that it did not come to its end is the fault of the problem that it was at.
+
+        Args:
+            stopped_after: seconds at that problem, where it was stopped for want of time.
+        """
         lines = self.output.read_text(errors="replace").splitlines()
-        if self.process.poll() == 0:
-            result.add(**json.loads(lines[-1]))
+        for line in lines:
+            if line.startswith(FOUND):
+                result.add(**json.loads(line.removeprefix(FOUND)))
+        if self.process.poll() == 0 or (stopped_after is not None and stopped_after < STUCK):
             return
         number = next((int(line) for line in reversed(lines) if line.isdigit()), self.numbers[0])
         code = self.process.poll()
@@ -115,13 +132,19 @@ def run_batches(
     result: Result,
     seconds: float = math.inf,
 ) -> None:
-    """Run ``command --batch ...`` for each, ``jobs`` at a time; after ``seconds`` no more are started."""
+    """Run ``command --batch ...`` for each, ``jobs`` at a time.
+
+    After ``seconds`` none is started, and those that run are stopped; what they have done by then counts.
+    """
     waiting, running = batches[::-1], []
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             if time.monotonic() >= end:
                 waiting.clear()
+                for batch in running:
+                    batch.collect(result, batch.stop())
+                running.clear()
             while waiting and len(running) < jobs:
                 running.append(Batch.start(command, waiting.pop(), Path(folder), timeout))
             for batch in [batch for batch in running if batch.ended()]:
@@ -196,7 +219,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--size", type=int, default=500, help="problems of a batch")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a batch")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no batch after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after so many, whatever is left"
+    )
     parser.add_argument("--compile-timeout", type=float, default=600.0, help="seconds for compiling all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
@@ -204,13 +229,12 @@ def main() -> int:
     parser.add_argument("--batch", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.batch is not None:
-        result = run_batch(range(*map(int, options.batch.split(":"))), options.seed, options.device)
-        print(json.dumps(result.__dict__))
+        for found in run_batch(range(*map(int, options.batch.split(":"))), options.seed, options.device):
+            print(FOUND + json.dumps(found.__dict__), flush=True)
         return 0
     if options.only is not None:
-        return report(
-            run_batch(range(options.only, options.only + 1), options.seed, options.device), options.seed
-        )
+        (found,) = run_batch(range(options.only, options.only + 1), options.seed, options.device)
+        return report(found, options.seed)
     begin = time.monotonic()
     wrong = compile_all(options.jobs, options.seed, options.device, options.compile_timeout)
     passes = len(compilations(options.seed))

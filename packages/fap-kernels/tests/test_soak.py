@@ -157,15 +157,15 @@ def test_batches_that_hang_or_die_are_named_by_the_problem_that_they_were_at(tmp
             print(number, flush=True)
             if number == 12: time.sleep(60)
             if number == 25: sys.exit(3)
-        result = {"problems": len(numbers), "passes": {"forward": 2}, "errors": {"out": 0.5}, "wrong": []}
-        print(json.dumps(result))
+            result = {"problems": 1, "passes": {"forward": 2}, "errors": {"out": number / 100}, "wrong": []}
+            print("found " + json.dumps(result), flush=True)
         """,
     )
     result = soak.Result()
     soak.run_batches(command, [range(n, n + 10) for n in (0, 10, 20, 30)], 4, 3.0, result)
-    assert result.problems == 20
-    assert result.passes == {"forward": 4}
-    assert result.errors == {"out": 0.5}
+    assert result.problems == 20 + 2 + 5
+    assert result.passes == {"forward": 2 * 27}
+    assert result.errors == {"out": 0.39}
     assert [(number, text.splitlines()[0]) for number, text in sorted(result.wrong)] == [
         (12, "its process did not end in time"),
         (25, "its process ended with code 3"),
@@ -178,13 +178,34 @@ def test_no_batch_is_started_when_the_time_is_over(tmp_path: Path) -> None:
         """
         import time
         time.sleep(0.5)
-        print('{"problems": 1, "passes": {}, "errors": {}, "wrong": []}')
+        print('found {"problems": 1, "passes": {}, "errors": {}, "wrong": []}')
         """,
     )
     result = soak.Result()
     soak.run_batches(command, [range(n, n + 1) for n in range(50)], 1, 60.0, result, seconds=1.0)
     assert 1 <= result.problems < 10
     assert result.wrong == []
+
+
+@pytest.mark.parametrize("stuck", [0.5, 30.0])
+def test_when_the_time_is_over_what_was_done_counts_and_a_hang_still_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: float
+) -> None:
+    monkeypatch.setattr(soak, "STUCK", stuck)
+    command = fake(
+        tmp_path,
+        """
+        import sys, time
+        for number in range(*map(int, sys.argv[2].split(":"))):
+            print(number, flush=True)
+            if number == 4: time.sleep(60)
+            print('found {"problems": 1, "passes": {}, "errors": {}, "wrong": []}', flush=True)
+        """,
+    )
+    result = soak.Result()
+    soak.run_batches(command, [range(10)], 1, 60.0, result, seconds=3.0)
+    assert result.problems == 4
+    assert [number for number, _ in result.wrong] == ([4] if stuck < 1 else [])
 
 
 def test_every_problem_is_in_one_batch() -> None:

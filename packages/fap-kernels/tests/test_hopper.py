@@ -120,6 +120,25 @@ def test_the_exponentials_run_beside_the_product_with_the_values(head_dim: int, 
     assert min(beside) >= exponentials, "the wait for O was moved above the exponentials"
 
 
+@needs_gluon
+@pytest.mark.parametrize(("head_dim", "parts"), [(128, 1), (256, 2)])
+def test_the_next_tiles_first_scores_run_beside_the_way_of_the_output(head_dim: int, parts: int) -> None:
+    call = {"head_dim": head_dim, "seqlen_k": 16384}
+    config = choose(FORWARD, describe(**call)[0]).config
+    assert config is not None
+    assert config.out_parts == parts
+    products, at_stores = 0, []
+    for line in disassemble(compile_forward(**call)):
+        if "HGMMA" in line:
+            products += 1
+        elif "WARPGROUP.DEPBAR" in line:
+            products = 0
+        elif "UTMASTG" in line:
+            at_stores.append(products)
+    for_scores = head_dim // 16
+    assert at_stores == [0, for_scores][-parts:] * config.warpgroups
+
+
 def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
     assert HopperConfig(64, 2, 64, 2).maxnreg is None
     assert HopperConfig(64, 1, 64, 2, beside=3).maxnreg == 80
@@ -128,6 +147,12 @@ def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
         HopperConfig(64, 1, 64, 1)
     with pytest.raises(ValueError, match="no registers"):
         HopperConfig(64, 2, 64, 2, beside=2)
+
+
+@pytest.mark.parametrize("options", [{"out_parts": 2}, {"out_parts": 1, "overlap_tiles": True}])
+def test_the_output_leaves_in_parts_that_the_tma_unit_can_take(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="parts of at least 64 columns, and where tiles overlap as a whole"):
+        HopperConfig(64, 2, 64, 2, persistent=True, **options)
 
 
 def test_no_row_hides_another() -> None:

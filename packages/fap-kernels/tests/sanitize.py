@@ -315,8 +315,9 @@ def judge(tool: str, code: int | None, text: str, places: dict[str, Places], boa
 
     Nor does it follow numbers from one partition to another by mbarriers, waited for and arrived at as Triton
     does: of a kernel of a few lines in which one warp writes a number, arrives, and others that waited read
-    it and arrive, it reports every write and read. Such reports have the ``board``'s lines alone.
-    ``test_numbers_are_handed_on_between_barriers`` looks in the machine code for what keeps them apart.
+    it and arrive, it reports every write and read. Such reports have the ``board``'s lines alone. So a
+    mistake in how the board is used would be set aside as well: that it is waited for, and that all warps
+    meet before they arrive, ``test_numbers_are_handed_on_between_barriers`` looks up in the assembly.
 
     A share with errors is clean only if all are of these kinds: as many as the summary counts, nothing else
     that compute-sanitizer says, and no call that failed.
@@ -384,8 +385,7 @@ def accesses_of(block: list[str], places: dict[str, Places]) -> tuple[str | None
 def are_tritons_own(accesses: list[Access], known: Places, board: Board) -> bool:
     """Whether a report has seen Triton itself, and nothing else."""
     first, *others = accesses
-    # What follows a line of the board that was inlined is taken to stand in the same file, with its own line.
-    files = (known.file, board.file)
+    # What follows an inlined line of the board is taken to stand in the board's file, with a line of its own.
     return (
         first.kind == "Read"
         and first.file == known.file
@@ -394,7 +394,8 @@ def are_tritons_own(accesses: list[Access], known: Places, board: Board) -> bool
             other.kind == "Write"
             and (
                 (other.file == known.file and other.line in known.entry)
-                or (other.file in files and other.line in known.partitions - board.writes)
+                or (other.file == known.file and other.line in known.partitions)
+                or (other.file == board.file and other.line in known.partitions - board.writes)
             )
             for other in others
         )
@@ -404,7 +405,8 @@ def are_tritons_own(accesses: list[Access], known: Places, board: Board) -> bool
 def are_announcements(accesses: list[Access], board: Board) -> bool:
     """Whether a report has seen numbers of the board being written and read, and nothing else."""
     lines = {"Write": board.writes, "Read": board.reads}
-    return {access.kind for access in accesses} == lines.keys() and all(
+    first, *others = accesses
+    return all(other.kind != first.kind for other in others) and all(
         access.file == board.file and access.line in lines[access.kind] for access in accesses
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -236,6 +238,10 @@ def test_numbers_that_are_handed_on_are_set_aside_and_counted(
         ("announcements.py:128", "ring.py:128"),
         ("announcements.py:122 [48", "announcements.py:121 [48"),
         ("and Write access", "and Read access"),  # two reads do not race: another line is meant
+        (
+            "Read access at hopper_forward_kernel+0x3ac0 in announcements.py:128",
+            "Write access at hopper_forward_kernel+0x3ac0 in announcements.py:122",
+        ),
         ("hopper_forward_kernel+0x1520", "hopper_redo_kernel+0x1520"),
         ("hopper_forward_kernel", "hopper_redo_kernel"),
         ("Error: Race", "Warning: Race"),
@@ -249,37 +255,59 @@ def test_another_report_of_the_board_is_a_finding(places: dict[str, Places], bef
 
 @needs_gluon
 @pytest.mark.parametrize(
-    "kind", ["forward", "backward", "backward in a fixed order", "backward, packed"],
-)  # fmt: skip
-def test_numbers_are_handed_on_between_barriers(kind: str) -> None:
-    """Racecheck does not follow them. So: wait, access, a barrier of the partition's warps, arrive."""
+    ("kind", "heard", "heard_by_a_warp"),
+    [("forward", 6, 0), ("backward", 6, 0), ("backward in a fixed order", 6, 4), ("backward, packed", 6, 0)],
+)
+def test_numbers_are_handed_on_between_barriers(kind: str, heard: int, heard_by_a_warp: int) -> None:
+    """Racecheck does not follow them. So: wait, access, a barrier of the partition's warps, arrive.
+
+    Three warpgroups hear, before their loop and in it, and in a fixed order two warps that send do as well.
+    """
     if kind == "forward":
         compiled = compile_forward(head_dim=64, packed=True)
     else:
         call = {"deterministic": "order" in kind, "packed": "packed" in kind}
         compiled = compile_backward(head_dim=64, seqlen_k=4096, **call)
+    announcements = list(announcements_in(compiled.assembly))
+    # Both ends of a branch say something after one wait before it.
+    assert sum(not announcement.waited for announcement in announcements) <= 1
+    said = [each.barrier for each in announcements if each.kind == "st"]
+    assert said == ["bar.warp.sync"] * 2, "that there is a tile, and that there is none"
+    listened = [each.barrier for each in announcements if each.kind == "ld"]
+    assert sorted(listened, key=str) == ["bar.sync"] * heard + ["bar.warp.sync"] * heard_by_a_warp
+
+
+@dataclass
+class Announcement:
+    """What an assembly does from one arrival to the next, if that is an access to the board."""
+
+    kind: str
+    waited: bool
+    barrier: str | None = None
+
+
+def announcements_in(assembly: str) -> Iterator[Announcement]:
     board = board_of()
-    numbers = re.findall(rf'\.file\s+(\d+) ".*{board.file}"', compiled.assembly)
-    assert numbers
-    reads, writes, place, state = 0, 0, ("", 0), "apart"
-    for text in compiled.assembly.splitlines():
+    files = re.findall(rf'\.file\s+(\d+) ".*{board.file}"', assembly)
+    assert files
+    place, waited, latest = ("", 0), False, None
+    for text in assembly.splitlines():
         if match := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
             place = match[1], int(match[2])
-        of_board = place[0] in numbers and place[1] in board.writes | board.reads
-        if "mbarrier.try_wait" in text or text.startswith("$L__BB"):
-            state = "waited"  # or, after a label, elsewhere: two branches may share what they begin with
-        elif of_board and re.search(r"\b(ld|st)\.shared", text):
-            assert state in ("waited", "accessed", "met")
-            state = "accessed"
-            reads += "ld.shared" in text
-            writes += "st.shared" in text
-        elif re.search(r"\bbar\.(warp\.)?sync\b", text) and state == "accessed":
-            state = "met"
+        if "mbarrier.try_wait" in text:
+            waited = True
+        elif place[0] in files and (match := re.search(r"\b(ld|st)\.shared", text)):
+            assert place[1] in (board.reads if match[1] == "ld" else board.writes)
+            latest = latest or Announcement(match[1], waited)
+            assert latest.kind == match[1]
+            latest.barrier = None
+        elif match := re.search(r"\bbar\.(warp\.)?sync\b", text):
+            if latest is not None:
+                latest.barrier = match[0]
         elif "mbarrier.arrive" in text:
-            assert state != "accessed", "others are told before all lanes were there"
-            state = "apart"
-    assert reads
-    assert writes
+            if latest is not None:
+                yield latest
+            waited, latest = False, None
 
 
 def test_a_report_without_its_writes_is_a_finding(places: dict[str, Places]) -> None:

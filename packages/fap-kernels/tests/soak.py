@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 MOST_HANDED_BACK = 0.1
 """Of all passes; more, and the soak is not of what it says."""
-FOUND = "found "
-"""What a batch's lines begin with that say what came of a problem."""
 STUCK = 30.0
 """Seconds at one problem after which a batch that is stopped for want of time is taken to hang."""
 
@@ -82,15 +80,20 @@ class Batch:
     numbers: range
     process: subprocess.Popen[bytes]
     output: Path
+    found: Path
     deadline: float
 
     @classmethod
     def start(cls, command: list[str], numbers: range, folder: Path, timeout: float) -> Batch:
-        output = folder / f"{numbers[0]}-{numbers.step}.txt"
+        name = f"{numbers[0]}-{numbers.step}"
+        output, found = folder / f"{name}.txt", folder / f"{name}.jsonl"
+        found.touch()
         steps = f"{numbers.start}:{numbers.stop}:{numbers.step}"
         with output.open("wb") as file:
-            process = subprocess.Popen([*command, "--batch", steps], stdout=file, stderr=subprocess.STDOUT)
-        return cls(numbers, process, output, time.monotonic() + timeout)
+            process = subprocess.Popen(
+                [*command, "--batch", steps, "--found", str(found)], stdout=file, stderr=subprocess.STDOUT
+            )
+        return cls(numbers, process, output, found, time.monotonic() + timeout)
 
     def ended(self) -> bool:
         if self.process.poll() is None and time.monotonic() < self.deadline:
@@ -100,27 +103,27 @@ class Batch:
             self.process.wait()
         return True
 
-    def stop(self) -> float:
-        """End it before its end; the seconds since it has last said anything."""
-        self.process.kill()
-        self.process.wait()
-        return time.time() - self.output.stat().st_mtime
-
-    def collect(self, result: Result, stopped_after: float | None = None) -> None:
+    def collect(self, result: Result, stopped: bool = False) -> None:
         """Add what it found; that it did not come to its end is the fault of the problem that it was at.
 
         Args:
-            stopped_after: seconds at that problem, where it was stopped for want of time.
+            stopped: that was for want of time, and is nobody's fault, if it was not at one problem for long.
         """
-        lines = self.output.read_text(errors="replace").splitlines()
-        for line in lines:
-            if line.startswith(FOUND):
-                result.add(**json.loads(line.removeprefix(FOUND)))
-        if self.process.poll() == 0 or (stopped_after is not None and stopped_after < STUCK):
-            return
-        number = next((int(line) for line in reversed(lines) if line.isdigit()), self.numbers[0])
+        # A line that was being written when the process was killed has no end.
+        text, _, _ = self.found.read_text().rpartition("\n")
+        told = [json.loads(line) for line in text.splitlines()]
+        for entry in told:
+            result.add(**entry)
         code = self.process.poll()
+        complete = len(told) == len(self.numbers) or any(entry["wrong"] for entry in told)
+        latest = max(path.stat().st_mtime for path in (self.output, self.found))
+        if (code == 0 and complete) or (stopped and time.time() - latest < STUCK):
+            return
+        lines = self.output.read_text(errors="replace").splitlines()
+        number = next((int(line) for line in reversed(lines) if line.isdigit()), self.numbers[0])
         why = "did not end in time" if code in (None, -9) else f"ended with code {code}"
+        if code == 0:
+            why = f"told of {len(told)} of {len(self.numbers)} problems"
         result.wrong.append((number, "\n".join((f"its process {why}", *lines[-20:]))))
 
 
@@ -139,18 +142,22 @@ def run_batches(
     waiting, running = batches[::-1], []
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            if time.monotonic() >= end:
-                waiting.clear()
-                for batch in running:
-                    batch.collect(result, batch.stop())
-                running.clear()
-            while waiting and len(running) < jobs:
-                running.append(Batch.start(command, waiting.pop(), Path(folder), timeout))
-            for batch in [batch for batch in running if batch.ended()]:
-                running.remove(batch)
-                batch.collect(result)
-            time.sleep(0.05)
+        try:
+            while (waiting or running) and time.monotonic() < end:
+                while waiting and len(running) < jobs:
+                    running.append(Batch.start(command, waiting.pop(), Path(folder), timeout))
+                for batch in [batch for batch in running if batch.ended()]:
+                    running.remove(batch)
+                    batch.collect(result)
+                time.sleep(0.05)
+        finally:
+            stopped = [batch for batch in running if batch.process.poll() is None]
+            for batch in stopped:
+                batch.process.kill()
+            for batch in running:
+                batch.process.wait()
+        for batch in running:
+            batch.collect(result, batch in stopped)
 
 
 def split(problems: int, size: int) -> list[range]:
@@ -227,10 +234,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", type=int, help="run this one problem here")
     parser.add_argument("--batch", help=argparse.SUPPRESS)
+    parser.add_argument("--found", default=os.devnull, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.batch is not None:
         for found in run_batch(range(*map(int, options.batch.split(":"))), options.seed, options.device):
-            print(FOUND + json.dumps(found.__dict__), flush=True)
+            with Path(options.found).open("a") as file:
+                file.write(json.dumps(found.__dict__) + "\n")
         return 0
     if options.only is not None:
         (found,) = run_batch(range(options.only, options.only + 1), options.seed, options.device)

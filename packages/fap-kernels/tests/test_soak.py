@@ -158,7 +158,7 @@ def test_batches_that_hang_or_die_are_named_by_the_problem_that_they_were_at(tmp
             if number == 12: time.sleep(60)
             if number == 25: sys.exit(3)
             result = {"problems": 1, "passes": {"forward": 2}, "errors": {"out": number / 100}, "wrong": []}
-            print("found " + json.dumps(result), flush=True)
+            with open(sys.argv[4], "a") as found: found.write(json.dumps(result) + "\\n")
         """,
     )
     result = soak.Result()
@@ -176,15 +176,46 @@ def test_no_batch_is_started_when_the_time_is_over(tmp_path: Path) -> None:
     command = fake(
         tmp_path,
         """
-        import time
-        time.sleep(0.5)
-        print('found {"problems": 1, "passes": {}, "errors": {}, "wrong": []}')
+        import sys, time
+        with open(sys.argv[4], "a") as found:
+            found.write('{"problems": 1, "passes": {}, "errors": {}, "wrong": []}\\n')
+        time.sleep(1)
         """,
     )
     result = soak.Result()
-    soak.run_batches(command, [range(n, n + 1) for n in range(50)], 1, 60.0, result, seconds=1.0)
+    soak.run_batches(command, [range(n, n + 1) for n in range(50)], 1, 60.0, result, seconds=5.0)
     assert 1 <= result.problems < 10
     assert result.wrong == []
+
+
+@pytest.mark.parametrize(
+    ("last", "wrong"),
+    [
+        ("", [(1, "its process told of 2 of 3 problems")]),
+        ('{"problems": 1, "passes": {}, "er', [(1, "its process told of 2 of 3 problems")]),
+        (
+            '{"problems": 1, "passes": {}, "errors": {}, "wrong": [[2, "out differs"]]}\\n',
+            [(2, "out differs")],
+        ),
+    ],
+    ids=["a problem is missing", "a line is cut", "an error ended it"],
+)
+def test_a_batch_that_says_too_little_is_seen(
+    tmp_path: Path, last: str, wrong: list[tuple[int, str]]
+) -> None:
+    command = fake(
+        tmp_path,
+        f"""
+        import sys
+        print(1)
+        with open(sys.argv[4], "a") as found:
+            found.write('{{"problems": 1, "passes": {{}}, "errors": {{}}, "wrong": []}}\\n' * 2)
+            found.write('{last}')
+        """,
+    )
+    result = soak.Result()
+    soak.run_batches(command, [range(3)], 1, 60.0, result)
+    assert [(number, text.splitlines()[0]) for number, text in result.wrong] == wrong
 
 
 @pytest.mark.parametrize("stuck", [0.5, 30.0])
@@ -199,7 +230,8 @@ def test_when_the_time_is_over_what_was_done_counts_and_a_hang_still_has_a_name(
         for number in range(*map(int, sys.argv[2].split(":"))):
             print(number, flush=True)
             if number == 4: time.sleep(60)
-            print('found {"problems": 1, "passes": {}, "errors": {}, "wrong": []}', flush=True)
+            with open(sys.argv[4], "a") as found:
+                found.write('{"problems": 1, "passes": {}, "errors": {}, "wrong": []}\\n')
         """,
     )
     result = soak.Result()

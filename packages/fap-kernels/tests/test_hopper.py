@@ -127,14 +127,18 @@ def test_the_next_tiles_first_scores_run_beside_the_way_of_the_output(head_dim: 
     config = choose(FORWARD, describe(**call)[0]).config
     assert config is not None
     assert config.out_parts == parts
-    products, at_stores = 0, []
+    products, at_stores, since = 0, [], []
     for line in disassemble(compile_forward(**call)):
+        since += [word for word in ("DEPBAR.LE SB", "BAR.SYNC", "STSM") if word in line]
         if "HGMMA" in line:
             products += 1
         elif "WARPGROUP.DEPBAR" in line:
             products = 0
         elif "UTMASTG" in line:
             at_stores.append(products)
+            # The place is written once all warps know that what was in it has left.
+            assert "BAR.SYNC" in since[: since.index("STSM")][since.index("DEPBAR.LE SB") :]
+            since = []
     for_scores = head_dim // 16
     assert at_stores == [0, for_scores][-parts:] * config.warpgroups
 
@@ -149,10 +153,21 @@ def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
         HopperConfig(64, 2, 64, 2, beside=2)
 
 
-@pytest.mark.parametrize("options", [{"out_parts": 2}, {"out_parts": 1, "overlap_tiles": True}])
-def test_the_output_leaves_in_parts_that_the_tma_unit_can_take(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="parts of at least 64 columns, and where tiles overlap as a whole"):
-        HopperConfig(64, 2, 64, 2, persistent=True, **options)
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"out_parts": 2}, "parts of at least 64 columns, and where tiles overlap as a whole"),
+        ({"out_parts": 1, "overlap_tiles": True}, "where tiles overlap as a whole"),
+        ({"out_parts": 3}, "must be 0, 1 or 2, got 3"),
+        ({"out_parts": -1}, "must be 0, 1 or 2, got -1"),
+        ({"out_parts": 1, "persistent": False}, "needs a persistent program"),
+    ],
+)
+def test_the_output_leaves_in_parts_that_can_be_made(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        HopperConfig(
+            **{"width": 64, "warpgroups": 2, "block_n": 64, "stages": 2, "persistent": True, **options}
+        )
 
 
 def test_no_row_hides_another() -> None:

@@ -94,10 +94,14 @@ class HopperConfig:
             raise ValueError(
                 f"stages must be at least 2, got {self.stages}: the warpgroups would wait forever"
             )
+        if self.out_parts not in (0, 1, 2):
+            raise ValueError(f"out_parts must be 0, 1 or 2, got {self.out_parts}")
         if self.out_parts and (self.overlap_tiles or self.width < 64 * self.out_parts):
             raise ValueError(
                 "the output leaves in parts of at least 64 columns, and where tiles overlap as a whole"
             )
+        if self.out_parts and not self.persistent:
+            raise ValueError("out_parts needs a persistent program: another has no next query tile")
         if self.beside > 1 and self.warpgroups > 1:
             raise ValueError("programs of several warpgroups leave no registers for another one beside them")
 
@@ -273,7 +277,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=64, bounded=False,
               config=HopperConfig(
                   64, 1, 64, 3, persistent=True, overlap_tiles=True, hold_queries=True, beside=3),
-              why="377 at 512; queries not held 368; portable 325, cuDNN 389; two warpgroups 361, not held"),
+              why="377 at 512; queries not held 368; of other runs portable 325, cuDNN 389"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=8192,
               config=HopperConfig(64, 3, 128, 3, turns=True),
               why="510 at 8k, 542 at 16k; portable 395, 423, cuDNN 428, 436; two warpgroups 503, 514"),
@@ -296,11 +300,11 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=8192,
               config=HopperConfig(128, 2, 128, 2, hold_queries=True),
-              why="634 at 8k, 681 at 16k; queries not held 622, 665; portable 451, 476, cuDNN 547, 555"),
+              why="634 at 8k, 681 at 16k; queries not held 622, 665; of other runs portable 451, 476"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096,
               config=HopperConfig(
                   128, 2, 128, 2, persistent=True, paired=True, overlap_tiles=True, hold_queries=True),
-              why="611 at 4k; queries not held 587; portable 421, cuDNN 502; one tile a program 559"),
+              why="611 at 4k; queries not held 587; one tile a program 559"),
     HopperRow(head_dim=128, bounded=True,
               config=HopperConfig(128, 2, 64, 4, paired=True, **_FLOWING),
               why="347 at 512, 442 at 1k, 533 at 2k; 128 keys 421, 521 at 1k, 2k; cuDNN 314, 392, 459"),
@@ -309,9 +313,9 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="d160: the portable kernel is faster by 1.11 at 4k, causal"),
     HopperRow(head_dim=256, bounded=False,
               config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, out_parts=2),
-              why="544 at 512, 697 at 2k, 752 at 8k; by the queries' place 494, 671, 747; cuDNN 524, 669"),
+              why="544 at 512, 697 at 2k, 752 at 8k; by the queries' place 494, 671, 747"),
     HopperRow(head_dim=256, bounded=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
-              why="686 at 8k, 706 at 16k; pairs 677, 685; cuDNN 622, 613"),
+              why="686 at 8k, 706 at 16k; pairs 677, 685"),
     HopperRow(head_dim=256, bounded=True,
               config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2),
               why="357 at 512, 572 at 2k, 649 at 4k; by the queries' place 320, 544, one tile 630 at 4k"),

@@ -18,8 +18,8 @@ memory, products are asynchronous, and the softmax of one key tile runs beside a
                  │ O+=P V of the last key tile of this one
                  └ O / sum through shared memory to memory, LSE = max + log(sum)
 
-Where there is no room for the next tile's queries before this one has left theirs, S0 follows O += P V of the
-last key tile instead, and runs beside the way of O through shared memory.
+Where there is no room for the next tile's queries before this one has left theirs, or none is to be taken for
+them, S0 follows O += P V of the last key tile instead, and runs beside the way of O through shared memory.
 
 Of packed sequences the fetcher also announces which tile comes next (``fap_kernels.hopper.announcements``).
 
@@ -61,7 +61,7 @@ class Operands(NamedTuple):
         board: where the warp that fetches announces query tiles of packed sequences, else None.
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
-        staging: shared memory through which the output leaves, a tile for each warpgroup.
+        staging: shared memory through which the output leaves, a tile, or half of one, for each warpgroup.
         out, lse, lse_rows: where the results go, ``out`` by descriptor, and how many rows of LSE a head has.
     """
 
@@ -288,7 +288,7 @@ def _multiply(
                 BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, S,
             )  # fmt: skip
             if OUT_PARTS == 2:
-                tma.store_wait(0)
+                tma.store_wait(0)  # Triton has all warps meet between this and what is stored next
             _drain(operands, done, WARPGROUP, out, place, WIDTH - WIDTH // OUT_PARTS)
             weights, row_max, sums = _weigh_begun(s, operands, tile, there, WARPGROUP, sweep, stage)
         else:

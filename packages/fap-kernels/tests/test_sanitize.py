@@ -381,6 +381,55 @@ def test_without_errors_it_is_clean(places: dict[str, Places]) -> None:
     assert judge("racecheck", 0, output(), places, BOARD).clean
 
 
+NAMELESS = """\
+========= Error: Race reported between Read access at
+=========     and Write access at  [16 hazards]
+=========
+"""
+
+
+@pytest.mark.parametrize("last", ["right", "wrong"])
+@pytest.mark.parametrize(
+    ("code", "text", "why"),
+    [
+        (SEEN, output(NAMELESS), "a report names no place"),
+        (-11, "========= COMPUTE-SANITIZER\n", "the sanitizer ended by signal 11 before any call did"),
+    ],
+)
+def test_a_share_in_which_the_sanitizer_itself_has_failed_runs_once_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    code: int, text: str, why: str, last: str,
+) -> None:  # fmt: skip
+    outcomes = {"right": (0, output()), "wrong": (code, text)}
+    asked = []
+
+    def run_all(command: list[str], jobs: int, timeout: float, numbers: object = None) -> list[object]:
+        if "racecheck" not in command:
+            return [(0, "ran d64-full\n")] * jobs
+        asked.append(numbers if numbers is None else list(numbers))
+        return [outcomes[last]] if numbers else [(0, output()), (code, text), (0, output())]
+
+    monkeypatch.setattr(sanitize, "run_all", run_all)
+    monkeypatch.setattr("sys.argv", ["sanitize.py", "racecheck", "--jobs", "3"])
+    assert sanitize.main() == (last == "wrong")
+    assert asked == [None, [1]]
+    assert f"racecheck: share 1 runs again, since {why}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (SEEN, output(FORWARD)),
+        (0, output()),
+        (None, ""),  # it took too long
+        (-11, "========= COMPUTE-SANITIZER\nran d64-full\n"),  # a call may have done it
+        (1, "========= COMPUTE-SANITIZER\n"),
+    ],
+)
+def test_what_a_call_may_have_done_is_not_run_again(code: int | None, text: str) -> None:
+    assert sanitize.failed_itself(code, text) is None
+
+
 @pytest.mark.parametrize(("tool", "limit"), [("memcheck", sanitize.PRINT_LIMIT), ("racecheck", "0")])
 def test_racecheck_is_to_print_all(monkeypatch: pytest.MonkeyPatch, tool: str, limit: str) -> None:
     commands = []

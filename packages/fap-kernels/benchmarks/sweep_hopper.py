@@ -8,8 +8,8 @@ that of each of the sequences, which then are batch entries; ``packed2048`` pack
 other, ``mixed`` 65,536 tokens in lengths drawn from a log-normal. A configuration is
 width,warpgroups,block_n,stages and fields of HopperConfig by name, as in ``persistent`` or ``beside=2``. All
 are compiled first, in as many processes as there are cores, then take turns, each warmed up by itself, beside
-what the table says, the portable kernel, and cuDNN where it has the call. A configuration is right if it
-agrees with the portable kernel.
+what the table says, the portable kernel, and cuDNN where it has the call; ``--alone`` leaves these two out of
+the turns, which take half as long then. A configuration is right if it agrees with the portable kernel.
 """
 
 from __future__ import annotations
@@ -174,10 +174,12 @@ class Point:
 
         return run
 
-    def candidates(self) -> dict[str, Callable[[], Any] | str]:
+    def candidates(self, alone: bool) -> dict[str, Callable[[], Any] | str]:
         """What is to be timed, by name, or why it cannot be."""
-        makers: dict[str, Callable[[], Any]] = {"portable": self.portable}
-        if self.packing is None and self.task.mask in ("full", "causal"):
+        makers: dict[str, Callable[[], Any]] = {}
+        if not alone:
+            makers["portable"] = self.portable
+        if not alone and self.packing is None and self.task.mask in ("full", "causal"):
             makers["cudnn"] = self.cudnn
         with use_schedule("hopper"):
             if choose(FORWARD, self.problem).config is not None:
@@ -214,25 +216,21 @@ def _compile(jobs: list[Task]) -> None:
     for job in jobs:
         point = Point(job._replace(configs=()))
         (config,) = job.configs
-        run = (
-            point.candidates
-            if not config
-            else lambda point=point, text=config: point.hopper(parse_config(text))()
-        )
         try:
-            run()
+            if config:
+                point.hopper(parse_config(config))()
+            else:
+                point.candidates(alone=False)
         except Exception as error:  # noqa: BLE001
             print(f"{job.name} {config}: {error}"[:200], flush=True)
     torch.cuda.synchronize()
 
 
-def measure(task: Task) -> None:
+def measure(task: Task, alone: bool) -> None:
     point = Point(task)
-    candidates = point.candidates()
-    portable = candidates["portable"]
-    assert not isinstance(portable, str), portable
-    portable()
+    point.portable()()
     expected = point.out.clone()
+    candidates = point.candidates(alone)
     times = take_turns({name: run for name, run in candidates.items() if not isinstance(run, str)})
     print(task.name)
     for name, run in candidates.items():
@@ -255,11 +253,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tasks", nargs="+", type=Task.parse, metavar="POINT: CONFIG ...")
-    tasks = parser.parse_args().tasks
-    compile_all(tasks)
+    parser.add_argument("--alone", action="store_true", help="time no other kernels beside them")
+    options = parser.parse_args()
+    compile_all(options.tasks)
     heat()
-    for task in tasks:
-        measure(task)
+    for task in options.tasks:
+        measure(task, options.alone)
 
 
 if __name__ == "__main__":

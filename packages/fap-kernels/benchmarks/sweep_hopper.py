@@ -179,8 +179,8 @@ class Point:
         makers: dict[str, Callable[[], Any]] = {}
         if not alone:
             makers["portable"] = self.portable
-        if not alone and self.packing is None and self.task.mask in ("full", "causal"):
-            makers["cudnn"] = self.cudnn
+            if self.packing is None and self.task.mask in ("full", "causal"):
+                makers["cudnn"] = self.cudnn
         with use_schedule("hopper"):
             if choose(FORWARD, self.problem).config is not None:
                 makers["table"] = lambda: self.hopper(None)

@@ -408,8 +408,7 @@ def are_tritons_own(accesses: list[Access], known: Places, board: Board) -> bool
         and all(
             other.kind == "Write"
             and (
-                (other.file == known.file and other.line in known.entry)
-                or (other.file == known.file and other.line in known.partitions)
+                (other.file == known.file and other.line in known.entry | known.partitions)
                 or (other.file == board.file and other.line in known.partitions - board.writes)
             )
             for other in others

@@ -238,10 +238,13 @@ def _multiply(
                 mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
             q_slot, weights, row_max, sums, operands, stage, phase,
-            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES, O,
+            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES, AHEAD,
+            OUT_PARTS, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
-        if AHEAD:
+        if OUT_PARTS > 0 and not HOLD_QUERIES:
+            mbarrier.arrive(operands.q_ring.empty.index(q_slot), pred=sweep.count <= 1)
+        elif AHEAD and not HOLD_QUERIES:
             mbarrier.arrive(operands.q_ring.empty.index(q_slot))
         count += 1
         turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
@@ -425,9 +428,15 @@ def _sweep(
     q_slot, weights, row_max, sums, operands, stage, phase,
     tile, WARPGROUP: gl.constexpr, sweep,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
-    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr, HOLD_QUERIES: gl.constexpr, O: gl.constexpr,
+    TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr, HOLD_QUERIES: gl.constexpr, AHEAD: gl.constexpr,
+    OUT_PARTS: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
-    """All steps after the first, whose ``weights`` wait for their values."""
+    """All steps after the first, whose ``weights`` wait for their values.
+
+    With ``AHEAD`` the queries' place is given back for the next tile's: at once where they are held, after
+    their last scores where the output leaves elsewhere; but where the first step is the last one, or tiles
+    overlap, that is left to the caller.
+    """
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
     call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
     phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
@@ -437,25 +446,30 @@ def _sweep(
     if HOLD_QUERIES:
         LEFT: gl.constexpr = gl.DotOperandLayout(0, row_max.type.layout.parent, 2)
         held = ring.matrix(operands.q_ring.tiles.index(q_slot), ROWS, WIDTH).load(LEFT)
+        if AHEAD:
+            mbarrier.arrive(operands.q_ring.empty.index(q_slot))
+    last_slot = None
+    if OUT_PARTS > 0 and not HOLD_QUERIES:
+        last_slot = q_slot
     # Without a bound the first step, which has its mask, settles all rows.
     if call.window_left is not None or call.window_right is not None:
         q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
         for step in range(1, phases.settled):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
     q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
     for step in range(phases.settled, phases.unmasked_end):
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
-            q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+            q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
             tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
         )  # fmt: skip
     if call.window_left is not None:
         q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
         for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
     return acc, weights, row_max, sums, stage, phase, v_stage, v_phase
@@ -463,7 +477,7 @@ def _sweep(
 
 @gluon.jit
 def _step(
-    q, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+    q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
     tile, WARPGROUP: gl.constexpr, sweep, step,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, OPTIMISTIC: gl.constexpr,
@@ -479,6 +493,8 @@ def _step(
         turns.pass_turn(WARPGROUP, WARPGROUPS)
     s = warpgroup_mma_wait(1, [s])
     mbarrier.arrive(operands.k_ring.empty.index(stage))
+    if last_slot is not None:
+        mbarrier.arrive(operands.q_ring.empty.index(last_slot), pred=step + 1 == sweep.count)
     x = _logits(s, operands, tile, WARPGROUP, sweep.top - step * BLOCK_N, MASKED)
     if OPTIMISTIC:
         weights, sums = softmax.optimistic_step(x, scores.unit(operands.score), row_max, sums)

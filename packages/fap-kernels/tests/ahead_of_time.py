@@ -79,6 +79,29 @@ def _compile(source: Any, chip: str, options: dict[str, Any]) -> Compiled:
     return Compiled(compiled.metadata.shared, registers, spills, assembly, warnings, cubin)
 
 
+def places(compiled: Compiled, instruction: str) -> list[int]:
+    """Where in shared memory such instructions write, in bytes from its start, as far as that is fixed.
+
+    Args:
+        instruction: a regular expression, whose first group is the register that the address is in.
+    """
+    starts = set(re.findall(r"mov\.b32\s+(%r\d+), global_smem;", compiled.assembly))
+    known = dict.fromkeys(starts, 0)
+    for register, start, offset in re.findall(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", compiled.assembly):
+        if start in starts:
+            known[register] = int(offset)
+    written = re.findall(instruction, compiled.assembly)
+    return sorted(known[register] for register in written if register in known)
+
+
+def unknown_maps(compiled: Compiled) -> set[str]:
+    """Kernel parameters that the assembly takes for tensor maps, though they are none."""
+    taken = set(re.findall(r"mov\.b64 map, (\w+);", compiled.assembly))
+    maps = set(re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", compiled.assembly))
+    assert taken, "it takes none"
+    return taken - maps
+
+
 def disassemble(compiled: Compiled) -> list[str]:
     """The machine instructions of a kernel for NVIDIA, in order."""
     return [line for line in _listing(compiled) if not line.endswith(":")]

@@ -79,7 +79,8 @@ def hopper_calls(device: str) -> dict[str, Callable[[], None]]:
     def run(number: int, variant: Any) -> None:
         problem = draw(variant, number, 0)
         seqlen_k = variant.seqlens_k[0] + 290
-        lengths = ((130, 0, 70), (seqlen_k, 33, 0)) if variant.packed else ((200,), (seqlen_k,))
+        seqlen_q = max(variant.queries[0] + 76, 200)
+        lengths = ((130, 0, 70), (seqlen_k, 33, 0)) if variant.packed else ((seqlen_q,), (seqlen_k,))
         verdict = check(
             replace(
                 problem, nheads_k=2, group=2, lengths_q=lengths[0], lengths_k=lengths[1],

@@ -34,6 +34,9 @@ LENGTHS = sorted(
     {row.seqlen_from for table in (FORWARD, BACKWARD) for row in table}
     | {row.seqlen_below for table in (FORWARD, BACKWARD) for row in table if row.seqlen_below is not None}
 )
+FEWEST = sorted({row.queries_from for row in FORWARD})
+QUERIES = range(65, 1501)
+"""With fewer no schedule of Hopper is asked."""
 # Full tiles, and tiles that zeros fill up; most are multiples of 16, for which Triton compiles alike.
 HEAD_DIMS = {True: (64, 128, 256, 80, 40, 160, 192, 32), False: (48, 96, 192, 80, 32, 160, 64, 16, 24)}
 FEATURES = {"full": ("softcap", "alibi"), "causal": ("softcap",), "window": ("alibi",), "left": ("alibi",)}
@@ -55,12 +58,14 @@ class Variant:
     Attributes:
         mask: "full", "causal", "window" (both bounds) or "left" (that one alone).
         seqlens_k: the longest key sequence's length is in this range.
+        queries: the same of the length of its queries.
         forward, backward: what to run by the Hopper schedule.
     """
 
     head_dim: int
     mask: str
     seqlens_k: range
+    queries: range = QUERIES
     features: tuple[str, ...] = ()
     packed: bool = False
     seqused: bool = False
@@ -72,13 +77,14 @@ class Variant:
     def __str__(self) -> str:
         flags = [name for name in PROPERTIES if getattr(self, name)]
         dtype = str(self.dtype).removeprefix("torch.")
+        many = ("many",) if self.queries[0] > QUERIES[0] else ()
         return "-".join(
-            (f"d{self.head_dim}", self.mask, f"{self.seqlens_k[0]}", dtype, *self.features, *flags)
+            (f"d{self.head_dim}", self.mask, f"{self.seqlens_k[0]}", *many, dtype, *self.features, *flags)
         )
 
     def describe(self) -> AttentionProblem:
         """One of its calls, with so many queries that no schedule leaves them to others."""
-        seqlen_q, seqlen_k = 128, self.seqlens_k[0]
+        seqlen_q, seqlen_k = max(self.queries[0], 128), self.seqlens_k[0]
         q, k, v = (
             torch.empty(1, n, 1, self.head_dim, dtype=self.dtype) for n in (seqlen_q, seqlen_k, seqlen_k)
         )
@@ -105,14 +111,17 @@ def variants(seed: int = 0) -> list[Variant]:
     found, reached = [], set()
     for variant in _candidates(dtypes):
         problem = variant.describe()
-        new, backward = set(), set()
+        new, backward, queries = set(), set(), QUERIES
         if not variant.deterministic and not forward_reasons_against(problem, SM_90, asked_for=True):
-            new = {("forward", *_reached(choose(FORWARD, problem), variant))} - reached
+            row = choose(FORWARD, problem)
+            new = {("forward", *_reached(row, variant))} - reached
+            if new:
+                queries = range(max(QUERIES[0], row.queries_from), row.queries_below or QUERIES.stop)
         if not backward_reasons_against(problem, SM_90, asked_for=True):
             backward = {("backward", *_reached(choose(BACKWARD, problem), variant))} - reached
         if new or backward:
             reached |= new | backward
-            found.append(replace(variant, forward=bool(new), backward=bool(backward)))
+            found.append(replace(variant, queries=queries, forward=bool(new), backward=bool(backward)))
     return found
 
 
@@ -123,9 +132,9 @@ def _candidates(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:
         for number, (low, high) in enumerate(lengths):
             for mask in ("full", "causal", "left" if number % 2 else "window"):
                 bounded = mask in ("window", "left")
-                for head_dim in HEAD_DIMS[mask != "causal"]:
+                for head_dim, first in itertools.product(HEAD_DIMS[mask != "causal"], FEWEST):
                     yield Variant(
-                        head_dim, mask, range(max(low, 1), high),
+                        head_dim, mask, range(max(low, 1), high), range(max(first, 65), QUERIES.stop),
                         features=FEATURES[mask] if decorated else (),
                         packed=packed, seqused=packed and bounded,
                         dtype=dtypes[bounded != swapped], deterministic=deterministic,
@@ -171,8 +180,9 @@ def draw(variant: Variant, number: int, seed: int) -> Problem:
     lengths_q = [rng.choice((0, 1, n, rng.randint(0, 1500))) for n in lengths_k]
     place = rng.randrange(count)
     lengths_k[place] = longest
-    lengths_q[place] = max(65, rng.choice((min(longest, 1500), _length(rng, range(65, 1500)))))
-    if number >= FULL_TILES and rng.random() < 0.1:
+    queries = rng.choice((min(longest, 1500), _length(rng, QUERIES)))
+    lengths_q[place] = min(max(queries, variant.queries[0]), variant.queries[-1])
+    if number >= FULL_TILES and rng.random() < 0.1 and variant.queries[0] == QUERIES[0]:
         lengths_q[place] = rng.randint(1, 64)
     nheads_k, group = rng.randint(1, 3), rng.choice((1, 2, 4))
     pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))

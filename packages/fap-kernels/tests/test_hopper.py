@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between, left_unset
+from ahead_of_time import (
+    Compiled,
+    compile_launch,
+    disassemble,
+    exponentials_between,
+    left_unset,
+    places,
+    unknown_maps,
+)
 
 from fap_kernels import AttentionProblem, explain_schedule, use_schedule
 from fap_kernels.hopper.conditions import forward_reasons_against
@@ -19,7 +27,7 @@ from fap_kernels.target import SM_80, SM_90
 # were seen to spill, and a margin. One warpgroup spills nothing, and two hardly more. Three, with 160
 # registers a thread, spill 288 with Triton 3.6, where they were measured, outside the loop without a mask,
 # and up to 2.7 KB with 3.9, inside it too. With softcap and ALiBi, Triton 3.6 spills 68 and 3.9 up to 2.1 KB.
-SPILLS = {1: 0, 2: 256, 3: 3072}
+SPILLS = {1: 0, 2: 384, 3: 3072}
 SPILLS_OF_DECORATED = {1: 320, 2: 2304}
 PROCESSORS = 1  # so that programs have more than one tile
 
@@ -61,6 +69,7 @@ def calls_of(row: HopperRow) -> dict[str, dict[str, Any]]:
     # Rows below one for short sequences are for longer ones.
     seqlen_k = max(row.seqlen_from, 256) if row.bounded is not None else 8192
     call = {"head_dim": row.head_dim, "seqlen_k": seqlen_k, "packed": row.packed is True}
+    call["seqlen_q"] = max(row.queries_from, 256)
     if row.plain is False:
         call |= {"softcap": 30.0, "alibi": True}
     if row.bounded is False:
@@ -143,6 +152,27 @@ def test_the_next_tiles_first_scores_run_beside_the_way_of_the_output(head_dim: 
     assert at_stores == [0, for_scores][-parts:] * config.warpgroups
 
 
+@needs_gluon
+@pytest.mark.parametrize(("head_dim", "causal"), [(128, False), (128, True), (256, False)])
+def test_what_a_cluster_addresses_is_where_its_assembly_has_it(head_dim: int, causal: bool) -> None:
+    call = {"head_dim": head_dim, "causal": causal, "seqlen_q": 16384, "seqlen_k": 16384}
+    config = choose(FORWARD, describe(**call)[0]).config
+    assert config is not None
+    assert config.cluster
+    forward = compile_forward(**call)
+    row = 2 * config.width
+    queries = 2 * config.stages * config.block_n * row
+    first = queries + 128 * row + 128 * row // config.out_parts
+    # The queries come behind all tiles of keys and values, which so begin where shared memory does.
+    assert places(forward, r"complete_tx::bytes \[(%r\d+)\]")[0] == queries
+    places_of_barriers = places(forward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
+    expected = {start + 32 * kind + 8 * stage for start in (first, first + 768) for kind in (0, 1)
+                for stage in range(config.stages)}  # fmt: skip
+    assert expected <= set(places_of_barriers)
+    assert not unknown_maps(forward)
+    assert "multicast::cluster" in forward.assembly
+
+
 def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
     assert HopperConfig(64, 2, 64, 2).maxnreg is None
     assert HopperConfig(64, 1, 64, 2, beside=3).maxnreg == 80
@@ -168,6 +198,38 @@ def test_the_output_leaves_in_parts_that_can_be_made(options: dict[str, Any], re
         HopperConfig(
             **{"width": 64, "warpgroups": 2, "block_n": 64, "stages": 2, "persistent": True, **options}
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"warpgroups": 3}, "have two warpgroups and at most four stages"),
+        ({"stages": 5}, "have two warpgroups and at most four stages"),
+        ({"overlap_tiles": True}, "neither overlap query tiles nor draw them"),
+        ({"tickets": True}, "neither overlap query tiles nor draw them"),
+        ({"queries_ahead": True}, "where the most shared memory is taken"),
+    ],
+)
+def test_a_cluster_has_programs_that_can_be_made(options: dict[str, Any], reason: str) -> None:
+    shape = {"width": 128, "warpgroups": 2, "block_n": 64, "stages": 2, "persistent": True}
+    with pytest.raises(ValueError, match=reason):
+        HopperConfig(**{**shape, "cluster": True, **options})
+
+
+@needs_gluon
+@pytest.mark.parametrize(("processors", "programs"), [(1, 2), (5, 4), (132, 40)])
+def test_programs_of_a_cluster_come_in_pairs(processors: int, programs: int) -> None:
+    from fap_kernels.hopper.launch import plan_hopper_forward
+
+    problem, (q, k, v), *_ = describe(seqlen_q=1100, seqlen_k=4096)
+    lse = torch.empty(1, 4, q.shape[1])
+    (forward, _), _ = plan_hopper_forward(problem, processors, q, k, v, torch.empty_like(q), lse, None)
+    assert (forward.programs, forward.cluster, forward.grid) == (programs, 2, (programs // 2, 1, 1))
+    assert forward.arguments["items"] == 20, "of 256 queries"
+    packed, (q, k, v), _, packing = describe(packed=True)
+    config = HopperConfig(128, 2, 128, 2, persistent=True, cluster=True)
+    with pytest.raises(ValueError, match="share no packed sequences"):
+        plan_hopper_forward(packed, 1, q, k, v, torch.empty_like(q), lse, None, packing, config)
 
 
 def test_no_row_hides_another() -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import Compiled, compile_launch, disassemble, exponentials_between, left_unset
+from ahead_of_time import (
+    Compiled,
+    compile_launch,
+    disassemble,
+    exponentials_between,
+    left_unset,
+    places,
+    unknown_maps,
+)
 from test_hopper import PROCESSORS, describe, gluon_is_here
 
 from fap_kernels import explain_schedule, use_schedule
@@ -16,7 +24,15 @@ from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs
 from fap_kernels.hopper.backward_launch import empty_dq_acc, plan_hopper_backward
 from fap_kernels.hopper.conditions import backward_reasons_against
-from fap_kernels.hopper.config import BACKWARD, BACKWARD_64, BACKWARD_128, BACKWARD_256, BackwardConfig
+from fap_kernels.hopper.config import (
+    BACKWARD,
+    BACKWARD_64,
+    BACKWARD_128,
+    BACKWARD_256,
+    CLUSTERED_128,
+    ORDERED_128,
+    BackwardConfig,
+)
 from fap_kernels.launch import Launch
 from fap_kernels.target import SM_80, SM_90
 
@@ -122,7 +138,45 @@ def test_programs_draw_key_tiles_where_there_are_more(deterministic: bool) -> No
 
 def test_the_table_has_no_other_configurations() -> None:
     configs = {row.config and replace(row.config, ordered=False) for row in BACKWARD}
-    assert configs <= {None, *CONFIGS.values()}
+    assert configs <= {None, *CONFIGS.values(), CLUSTERED_128}
+
+
+@needs_gluon
+@pytest.mark.parametrize("kind", ["full", "causal", "float16", "window", "softcap and ALiBi"])
+def test_a_cluster_compiles_and_addresses_what_is_where_its_assembly_has_it(kind: str) -> None:
+    backward = compile_backward(CLUSTERED_128, head_dim=128, **CALLS[kind])
+    assert backward.shared <= SM_90.shared_memory
+    assert backward.spills <= SPILLS[kind]
+    assert not backward.warnings
+    assert not left_unset(backward)
+    # Keys and values are fetched by Gluon, into the first tiles of the allocation that holds all of them.
+    assert places(backward, r"complete_tx::bytes \[(%r\d+)\]")[:4:2] == [0, 32 << 10]
+    numbers = 224 << 10
+    barriers = numbers + 1024
+    found = places(backward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
+    expected = {start + 32 * which + 8 * stage for start in (barriers, barriers + 768)
+                for which in (0, 1) for stage in (0, 1)}  # fmt: skip
+    assert expected <= set(found)
+    # The warpgroups read the numbers of rows, LSE and delta, by a register and a place.
+    read = {int(place) for place in re.findall(r"ld\.shared\.\S+\s.*\[%r\d+\+(\d+)\]", backward.assembly)}
+    assert {numbers, numbers + 512} <= read
+    assert not unknown_maps(backward)
+
+
+def test_a_cluster_has_programs_that_can_be_made() -> None:
+    with pytest.raises(ValueError, match="take 128 columns and 64 queries in two stages, in any order"):
+        replace(ORDERED_128, cluster=True)
+    with pytest.raises(ValueError, match="take 128 columns"):
+        replace(BACKWARD_64, cluster=True)
+
+
+@needs_gluon
+def test_programs_of_a_cluster_come_in_pairs() -> None:
+    _, gradients, *_ = launches_of(CLUSTERED_128, head_dim=128, seqlen_k=300)
+    assert (gradients.programs, gradients.cluster, gradients.arguments["items"]) == (16, 2, 8)
+    for call in ({"deterministic": True}, {"packed": True}):
+        _, gradients, *_ = launches_of(CLUSTERED_128, head_dim=128, **call)
+        assert gradients.cluster == 1, "the order is fixed, or sequences have no pairs of key tiles"
 
 
 @needs_gluon
@@ -157,13 +211,16 @@ def test_where_a_third_warpgroup_makes_dq_the_others_hardly_wait() -> None:
 @needs_gluon
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_step_has_few_barriers(deterministic: bool) -> None:
-    """One hand-over of dS with a barrier before and behind it; dQ, and the stages, are only told of."""
+    """One hand-over of dS with a barrier behind it; dQ, and the stages, are only told of.
+
+    The barrier at the start of a step stands before those that are looked at.
+    """
     code = disassemble(compile_backward(BACKWARD_128, deterministic=deterministic))
     # From dP being there to the end of the step, with waits for dV and dQ between.
     steps = _steps(code, "1210")
     assert len(steps) == 4, "two loops of two warpgroups"
     for step in steps:
-        assert sum("BAR.SYNC" in line for line in step) == 3
+        assert sum("BAR.SYNC" in line for line in step) == 2
         assert sum("BAR.ARV" in line for line in step) == 2
     assert sum("UTMAREDG" in line for line in code) == 2, "other warps have dQ added"
     # dK and dV of two warpgroups, and dQ where a first addition is known.

@@ -28,9 +28,12 @@ BLOCK_N = 128
 def list_work(
     found, waits, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
     window_left, window_right, items, heads_beside,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
     """Write down what each program works on, ``(items, FIELDS)``, and what it waits for at each step."""
+    clustered = None
+    if CLUSTER:
+        clustered = True
     call = work.Call(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -47,8 +50,9 @@ def list_work(
         items,
         heads_beside,
         None,
+        clustered,
     )
-    tile = backward_work.key_tile_of(call, tl.program_id(0), BLOCK_N, LAST_FIRST)
+    tile = backward_work.key_tile_of(call, work.program(call), BLOCK_N, LAST_FIRST)
     sweep = backward_work.sweep_of(call, tile, 0, 0, BLOCK_M, BLOCK_N)
     row = found + tl.program_id(0) * 17
     tl.store(row, tile.batch)
@@ -76,22 +80,23 @@ def list_work(
 
 def programs(
     lengths_q: list[int], lengths_k: list[int], nheads: int, group: int, window: tuple[Any, Any],
-    packed: bool, block_m: int, heads_beside: int = 1, last_first: bool = False,
+    packed: bool, block_m: int, heads_beside: int = 1, last_first: bool = False, cluster: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
     """What each program works on, and how many additions it waits for at each step."""
     bounds = [
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
         for lengths in (lengths_q, lengths_k)
     ]
-    entries, slots = None, len(lengths_k) * -(-max(lengths_k) // BLOCK_N)
+    together = 2 if cluster else 1
+    entries, slots = None, len(lengths_k) * -(-max(lengths_k) // (BLOCK_N * together))
     if packed:
         entries, slots = len(lengths_k), slot_count(sum(lengths_k), len(lengths_k), BLOCK_N)
     items = (nheads // group) * slots
-    found = torch.zeros(items, FIELDS, dtype=torch.int32)
-    waits = torch.full((items, 16), -1, dtype=torch.int32)
-    list_work[(items,)](
+    found = torch.zeros(items * together, FIELDS, dtype=torch.int32)
+    waits = torch.full((items * together, 16), -1, dtype=torch.int32)
+    list_work[(items * together,)](
         found, waits, *bounds, entries, slots, nheads, group, max(lengths_q), max(lengths_k), *window, items,
-        None if packed else heads_beside, block_m, BLOCK_N, last_first,
+        None if packed else heads_beside, block_m, BLOCK_N, last_first, cluster,
     )  # fmt: skip
     return found.tolist(), waits.tolist()
 
@@ -159,12 +164,31 @@ def test_every_key_tile_has_its_program_and_every_query_its_step(seed: int) -> N
         check_sweep(row, window, block_m)
 
 
-def check_sweep(row: list[int], window: tuple[Any, Any], block_m: int) -> None:
+@pytest.mark.parametrize("seed", range(0, 48, 2))
+def test_programs_of_a_cluster_have_neighbouring_keys_and_sweep_the_same_queries(seed: int) -> None:
+    drawn = draw(seed)._replace(last_first=False)
+    found, _ = programs(*drawn, cluster=True)
+    assert len(found) == 2 * len(drawn.lengths_k) * drawn.nheads // drawn.group * -(
+        -drawn.lengths_k[0] // 256
+    )
+    assert len({tuple(row[:3]) for row in found}) == len(found)
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        assert first[2] % (2 * BLOCK_N) == 0
+        assert second[:3] == [*first[:2], first[2] + BLOCK_N]
+        assert second[7:11] == first[7:11]
+        for row in (first, second):
+            check_sweep(row, drawn.window, drawn.block_m, cluster=True)
+
+
+def check_sweep(row: list[int], window: tuple[Any, Any], block_m: int, cluster: bool = False) -> None:
     """Every query that sees a key is visited, and no unmasked step needs a mask."""
     _, _, first_key, seqlen_q, seqlen_k, _, _, start, leading, unmasked_end, count = row[:11]
     assert start % block_m == 0
     assert 0 <= leading <= unmasked_end <= count
     assert window[0] is not None or unmasked_end == count, "a step would be left out"
+    if first_key >= seqlen_k and cluster:
+        assert row[11] == row[14] == count, "these keys do not exist, but others of the cluster's do"
+        return
     if first_key >= seqlen_k:
         assert count == 0, "these keys do not exist"
         return

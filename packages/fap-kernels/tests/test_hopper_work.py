@@ -26,9 +26,12 @@ BLOCK_M, BLOCK_N = 128, 64
 def list_work(
     found, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, seqlen_q, seqlen_k,
     window_left, window_right, items, heads_beside, tickets, MOST,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
     """Write down each turn of a program, ``(programs, MOST, FIELDS)``."""
+    clustered = None
+    if CLUSTER:
+        clustered = True
     call = work.Call(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -45,6 +48,7 @@ def list_work(
         items,
         heads_beside,
         tickets,
+        clustered,
     )
     row = found + tl.program_id(0) * MOST * 15
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
@@ -73,11 +77,11 @@ def list_work(
 
 def turns(
     lengths_q: list[int], lengths_k: list[int], nheads: int, window: tuple[Any, Any], paired: bool,
-    packed: bool, tickets: bool = False, heads_beside: int | None = None,
+    packed: bool, tickets: bool = False, heads_beside: int | None = None, cluster: bool = False,
 ) -> list[list[list[int]]]:  # fmt: skip
-    """The turns of each of three programs."""
-    programs, most = 3, 64
-    tiles = -(-max(lengths_q) // BLOCK_M)
+    """The turns of each of three programs, or of those of three clusters."""
+    programs, most = 6 if cluster else 3, 64
+    tiles = -(-max(lengths_q) // (2 * BLOCK_M if cluster else BLOCK_M))
     entries, slots = None, len(lengths_q) * (-(-tiles // 2) if paired else tiles)
     if packed:
         entries, slots = len(lengths_q), slot_count(sum(lengths_q), len(lengths_q), BLOCK_M)
@@ -103,6 +107,7 @@ def turns(
         BLOCK_M,
         BLOCK_N,
         paired,
+        cluster,
     )
     return [[turn for turn in program.tolist() if turn[0]] for program in found]
 
@@ -120,18 +125,24 @@ def test_every_tile_has_one_turn_and_every_key_its_step(seed: int) -> None:
     bound = rng.choice([None, 0, rng.randint(0, 300)]), rng.choice([None, 0, rng.randint(0, 300)])
     beside = rng.choice([None, 1, 2, 5]) if seed % 3 == 0 else None
     tickets = packed and seed % 2 == 1
-    programs = turns(lengths_q, lengths_k, nheads, bound, paired, packed, tickets, beside)
+    cluster = not packed and seed % 2 == 1
+    programs = turns(lengths_q, lengths_k, nheads, bound, paired, packed, tickets, beside, cluster)
     found = [turn for program in programs for turn in program]
     expected = {
-        (batch, head, first)
+        (batch, head, first + after)
         for batch, length in enumerate(lengths_q)
         for head in range(nheads)
-        for first in range(0, length, BLOCK_M)
+        for first in range(0, length, 2 * BLOCK_M if cluster else BLOCK_M)
+        for after in ((0, BLOCK_M) if cluster else (0,))  # the second half may lie beyond the end
     }
     assert len(found) == len(expected)
     assert {tuple(turn[1:4]) for turn in found} == expected
     for turn in found:
-        check_sweep(turn, lengths_q[turn[1]], lengths_k[turn[1]], bound)
+        check_sweep(turn, lengths_q[turn[1]], lengths_k[turn[1]], bound, cluster)
+    if cluster:
+        for first, second in zip(programs[::2], programs[1::2], strict=True):
+            assert [turn[7:9] for turn in first] == [turn[7:9] for turn in second], "other keys"
+            assert [turn[3] + BLOCK_M for turn in first] == [turn[3] for turn in second], "not side by side"
 
 
 def test_heads_side_by_side_leave_the_short_tiles_to_the_end() -> None:
@@ -144,7 +155,7 @@ def test_heads_side_by_side_leave_the_short_tiles_to_the_end() -> None:
     ]
 
 
-def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any, Any]) -> None:
+def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any, Any], cluster: bool) -> None:
     """Every visible key is visited, no unmasked step needs a mask, and settled rows have met a key."""
     _, _, _, first_query, length_q, length_k, _, top, count, *parts = turn
     assert (length_q, length_k) == (seqlen_q, seqlen_k)
@@ -157,7 +168,8 @@ def check_sweep(turn: list[int], seqlen_q: int, seqlen_k: int, bound: tuple[Any,
         zip(parts[0:4:2], parts[1:4:2], parts[4:], strict=True)
     ):
         assert 0 <= above < count
-        assert above == 0 or (part == 0 and bound[1] is not None), "the kernel does not ask"
+        asks = bound[1] is not None and (part == 0 or cluster)
+        assert above == 0 or asks, "the kernel does not ask"
         own_top, own_count = top - above * BLOCK_N, count - above
         assert 1 <= settled <= own_count
         assert bound != (None, None) or settled == 1, "the kernel has no loop for it"
@@ -181,7 +193,7 @@ def visible(
     first_query: int, seqlen_q: int, seqlen_k: int, columns: int, bound: tuple[Any, Any]
 ) -> torch.Tensor:
     """Which of the first ``columns`` keys the queries of a tile see."""
-    queries = torch.arange(first_query, min(first_query + BLOCK_M, seqlen_q))[:, None]
+    queries = torch.arange(first_query, max(min(first_query + BLOCK_M, seqlen_q), first_query))[:, None]
     keys = torch.arange(columns)[None, :]
     distance = queries + seqlen_k - seqlen_q - keys
     seen = (keys < seqlen_k).expand(len(queries), -1)
@@ -238,6 +250,11 @@ def sweep(
         p = torch.exp(x - reference)
         row_sum, acc = row_sum * rescale + p.sum(1, keepdim=True), acc * rescale + p @ v[keys]
     return torch.where(row_sum == 0.0, 0.0, acc / row_sum)
+
+
+def test_pairs_of_clusters_have_equal_work() -> None:
+    programs = turns([1536] * 3, [1536] * 3, 1, (None, 0), True, False, cluster=True)
+    assert {sum(turn[8] for turn in program) for program in programs} == {84}
 
 
 def test_pairs_have_equal_work() -> None:

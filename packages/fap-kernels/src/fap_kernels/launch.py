@@ -87,6 +87,8 @@ class Launch:
             the compiler takes.
         overlap: start while the kernel before it still runs. The kernel must wait for it by itself before it
             reads a result; only chips whose target says so can do it.
+        cluster: so many programs, of numbers side by side, run at the same time on multiprocessors that reach
+            each other's shared memory; ``programs`` is a multiple of it.
     """
 
     kernel: Any
@@ -95,6 +97,12 @@ class Launch:
     num_warps: int
     overlap: bool = False
     maxnreg: int | None = None
+    cluster: int = 1
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """What Triton's launcher is told, to which those of a cluster are one program."""
+        return self.programs // self.cluster, 1, 1
 
     def options(self) -> dict[str, Any]:
         """What the compiler is told besides the arguments."""
@@ -110,16 +118,30 @@ class Launch:
         """Launch on the current stream of ``device``; return what Triton compiled, None if nothing ran."""
         if self.programs == 0:
             return None
-        options = self.options()
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.kernel[(self.programs,)](**self.arguments, **options)
-        return self.kernel[(self.programs,)](**self.arguments, **options)
+                return self._run()
+        return self._run()
+
+    def _run(self) -> Any:
+        options = self.options()
+        if self.cluster == 1:
+            return self.kernel[self.grid](**self.arguments, **options)
+        compiled = self.kernel.warmup(grid=self.grid, **self.arguments, **options)
+        if hasattr(compiled, "result"):  # Triton compiles in the background
+            compiled = compiled.result()
+        # What Triton calls num_ctas forms clusters too, but in what it compiles for them the programs of a
+        # cluster are one. So it compiles for one, and its launcher alone is told of more.
+        num_warps, _, *others = compiled.packed_metadata
+        compiled.packed_metadata = (num_warps, self.cluster, *others)
+        # This very one: another thread may have compiled it as well, and put its own in the kernel's cache.
+        compiled[self.grid](*(self.arguments[parameter.name] for parameter in self.kernel.params))
+        return compiled
 
     def compile(self, device: torch.device) -> None:
         """Have Triton compile it for a GPU, and keep that for :meth:`run`. Any thread may do it."""
         with torch.cuda.device(device):
-            self.kernel.warmup(grid=(self.programs,), **self.arguments, **self.options())
+            self.kernel.warmup(grid=self.grid, **self.arguments, **self.options())
 
 
 def part_arguments(head_dim: int) -> dict[str, int]:

@@ -255,7 +255,7 @@ class _Step:
         if not hasattr(compiled, "packed_metadata"):
             return None  # Triton's interpreter compiles nothing.
         values = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
-        step = cls(compiled, (launch.programs, 1, 1), values.copy())
+        step = cls(compiled, launch.grid, values.copy())
         for position, (parameter, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
             name = parameter.name.removesuffix("_part0").removesuffix("_part1")
             tensor = value.base if is_descriptor(value) else value

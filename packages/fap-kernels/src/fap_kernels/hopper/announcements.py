@@ -87,7 +87,9 @@ def tile_at(board, number, call, turn, BLOCK_M: gl.constexpr, PAIRED: gl.constex
         return turn, work.there_is(call, turn, PAIRED), tile
     else:
         there, n = _hear(board, number, 7, 4)
-        return turn, there, work.Tile(n[0], n[1], n[2], 0, n[3], n[4], 0, n[5], n[6])
+        q_batch = 0 if call.cu_seqlens_q is not None else n[0]
+        k_batch = 0 if call.cu_seqlens_k is not None else n[0]
+        return turn, there, work.Tile(n[0], n[1], n[2], q_batch, n[3], n[4], k_batch, n[5], n[6])
 
 
 @gluon.jit

@@ -25,6 +25,10 @@ of the tile's dQ, and adds it to memory, in float32.
 Under a causal mask the first query tile of 64 sees no key of the second warpgroup, which then puts zeros into
 the exchange, and helps with dQ alone.
 
+Two programs of neighbouring key tiles may form a cluster, in which one fetches Q, with LSE, and the other one
+dO, with delta, for both (``fap_kernels.hopper.cluster``). Then a warp of its own passes on what is given
+back. Both sweep all queries that see a key of either, so the first ones may see none of the second one's.
+
 The exchange has two slots. A warpgroup writes a slot again two steps later; the other one has then come to
 the meeting of the step between, and so has retired the dQ that it read the slot for. Staging has two slots
 as well, and a warp for each, which comes to the meeting of its next step once the slot is free again.
@@ -49,9 +53,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..backward.step import products_grad
 from ..language import grid, rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, backward_work, barriers, order, ring, work
+from . import backward_tiles, backward_work, barriers, cluster, order, ring, work
 from .backward_tiles import ROWS, THREADS, WITH_ANOTHER
-from .compat import tma_add, tma_store
+from .compat import barrier, tma_add, tma_store
+
+KERNEL = gl.constexpr("hopper_backward_kernel")
+DOUT = gl.constexpr(3 * cluster.DESCRIPTOR.value)
+LSE = gl.constexpr(6 * cluster.DESCRIPTOR.value)
+DELTA = gl.constexpr(6 * cluster.DESCRIPTOR.value + cluster.VECTOR.value)
+"""The numbers of their tensor maps among the kernel's parameters; that of the queries is 0."""
+
+NUMBERS = gl.constexpr(224 << 10)
+BARRIERS = gl.constexpr(225 << 10)
+"""Where the numbers of rows lie in the shared memory of a cluster's programs, and where barriers. All tiles
+lie before them: 128 KB that the TMA unit fills, 64 KB of dQ, 32 KB of dS."""
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -61,43 +76,71 @@ def hopper_backward_kernel(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
+    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
     ``dq_acc`` is zeros at first. With ``additions``, which are zeros then, it may be anything: all add in the
     same order on every run, and the first one stores.
 
-    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
+    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. With
+    ``CLUSTER`` two of neighbouring numbers have neighbouring key tiles, and sweep the same queries.
     """
+    clustered = None
+    if CLUSTER:
+        clustered = True
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, None,
+        window_left, window_right, items, heads_beside, None, clustered,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
+    q_shared, dout_shared = None, None
+    if CLUSTER:
+        room = backward_tiles.make_shared_tiles(q_part0, k_part0, lse_part0, STAGES)
+        TILE: gl.constexpr = k_part0.block_type.nbytes
+        SECOND: gl.constexpr = BARRIERS + ring.SHARED_BARRIERS[0]
+        q_shared = cluster.Shared(0, 2 * TILE, BARRIERS, BARRIERS + 8 * ring.SHARED_STAGES, 0)
+        dout_shared = cluster.Shared(0, 3 * TILE, SECOND, SECOND + 8 * ring.SHARED_STAGES, 1)
+    else:
+        room = backward_tiles.make_tiles(
+            q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES
+        )
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     exchange = gl.allocate_shared_memory(dk_part0.dtype, [2, BLOCK_N, BLOCK_M], SWIZZLED)
     staging = gl.allocate_shared_memory(gl.float32, [2] + dq_acc_part0.block_shape, dq_acc_part0.layout)
     fence_async_shared()
     operands = backward_tiles.Operands(
-        call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, additions,
-        rows_padded,
+        call, score, q_shared, dout_shared, alibi_stride, room.queries, room.douts, room.k, room.v,
+        room.k_full, room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0,
+        None, None, additions, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
-    gl.warp_specialize(
-        [
-            (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
-            (_send, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
-            (_send, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
-        ],
-        [4, 1, 1, 1],
-        [240, 24, 24, 24],
-    )
+    if CLUSTER:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+                (_send, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+                (_send, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+                (_say_what_is_free, (operands, BLOCK_M, BLOCK_N, STAGES)),
+            ],
+            [4, 1, 1, 1, 1],
+            [240, 24, 24, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
+                (_send, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+                (_send, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )
 
 
 @gluon.jit
@@ -112,8 +155,9 @@ def _fetch(
     q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     dout_rows = rows.Rows(None, None, parts[3], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     steps = call.group * sweep.count
+    _begin(operands, True)
     if steps > 0:
-        backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
+        backward_tiles.fill_keys(operands, operands.k_full, _keys(operands), parts[1], tile)
     grid.wait_for_previous()
     for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
@@ -121,14 +165,78 @@ def _fetch(
         head = tile.head_k * call.group + member
         first_query = sweep.start + number * BLOCK_M
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-        if step >= STAGES:
-            barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
-        ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
+        if operands.q_shared is None:
+            if step >= STAGES:
+                barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
+            ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
+        else:
+            place = ring.coordinates_of(q_rows, head, first_query)
+            vector = cluster.Vector(parts[4], position, NUMBERS)
+            phase = step // STAGES & 1
+            cluster.fill(operands.q_shared, stage, phase, parts[0], 0, KERNEL, place, vector, LSE)
         if step == 0:
-            backward_tiles.fill_keys(operands, operands.v_full, operands.v, parts[2], tile)
-        if step >= STAGES:
-            barriers.meet(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
-        ring.fill_numbered(operands.douts, stage, dout_rows, head, first_query, parts[5], position)
+            backward_tiles.fill_keys(operands, operands.v_full, _values(operands, step), parts[2], tile)
+        if operands.q_shared is None:
+            if step >= STAGES:
+                barriers.meet(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
+            ring.fill_numbered(operands.douts, stage, dout_rows, head, first_query, parts[5], position)
+        else:
+            place = ring.coordinates_of(dout_rows, head, first_query)
+            vector = cluster.Vector(parts[5], position, NUMBERS + 512)
+            phase = step // STAGES & 1
+            cluster.fill(operands.dout_shared, stage, phase, parts[3], DOUT, KERNEL, place, vector, DELTA)
+
+
+@gluon.jit
+def _say_what_is_free(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Tell the cluster's program that fetches them which stages this one's warpgroups have given back.
+
+    The last ones are not fetched again.
+    """
+    _begin(operands, True)
+    _, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    for step in range(operands.call.group * sweep.count - STAGES):
+        stage = step % STAGES
+        barriers.meet(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
+        cluster.give_back(operands.dout_shared, stage)
+        barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
+        cluster.give_back(operands.q_shared, stage)
+
+
+@gluon.jit
+def _begin(operands, WAIT: gl.constexpr):
+    """In a cluster, say that this warp is here; with ``WAIT``, wait for all.
+
+    At the end there is nothing to wait for: each program has waited for all that the other one did to it. No
+    warp of it ends before the last of them has, so that those that have only arrived never count as gone.
+    """
+    if operands.q_shared is not None:
+        cluster.arrive()
+        if WAIT:
+            cluster.wait()
+
+
+@gluon.jit
+def _keys(operands):
+    """The key tile."""
+    if operands.q_shared is None:
+        return operands.k
+    else:
+        return operands.k.index(0)
+
+
+@gluon.jit
+def _values(operands, step):
+    """The tile of values.
+
+    In a cluster its place is made of a number that is 0 in each step, which no compiler knows. Else the
+    addresses of all parts of keys and values are kept from step to step, for which there are too few uniform
+    registers.
+    """
+    if operands.q_shared is None:
+        return operands.v
+    else:
+        return operands.v.index(1 + (step >> 30))
 
 
 @gluon.jit
@@ -139,6 +247,7 @@ def _send(
     """Have the TMA unit add every second tile of dQ to memory, from its slot of the staging memory."""
     call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    _begin(operands, False)
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
     grid.wait_for_previous()
@@ -173,22 +282,25 @@ def _multiply(
     """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    _begin(operands, False)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
     first_key = tile.first_key + WARPGROUP * ROWS
     sweep = backward_work.own_sweep_of(operands.call, tile, sweep, first_key, ROWS, BLOCK_M)
-    # The first query tiles see keys of the first warpgroup, or they would not be visited.
-    HIDDEN_STEP: gl.constexpr = None if WARPGROUP == 0 else _hidden_step
+    # The first query tiles see keys of the first warpgroup, or they would not be visited; in a cluster, those
+    # of its first program.
+    FIRST: gl.constexpr = WARPGROUP == 0 and operands.q_shared is None
+    HIDDEN_STEP: gl.constexpr = None if FIRST else _hidden_step
     dk, dv = backward_tiles.sweep_queries(
         _step, HIDDEN_STEP, WARPGROUP, operands, tile, sweep, (dk, dv), WIDTH, BLOCK_M, BLOCK_N, STAGES
     )
     # Both have retired all their products: the tiles are no longer needed.
     barriers.meet(barriers.EXCHANGE, THREADS)
-    backward_tiles.store(operands, operands.v, WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, _values(operands, 0), WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N)
     dk = dk * operands.score.scale
-    backward_tiles.store(operands, operands.k, WARPGROUP, dk, operands.dk, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(operands, _keys(operands), WARPGROUP, dk, operands.dk, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
@@ -209,8 +321,8 @@ def _step(
     stage, phase = step % STAGES, step // STAGES & 1
     head = tile.head_k * call.group + member
     first_query = sweep.start + number * BLOCK_M
-    k = ring.matrix(operands.k, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
-    v = ring.matrix(operands.v, BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    k = ring.matrix(_keys(operands), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    v = ring.matrix(_values(operands, step), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
     dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
@@ -220,6 +332,9 @@ def _step(
     row_lse = queries.numbers.index(stage).load(COLUMN)
     mbarrier.wait(douts.full.index(stage), phase)
     less_delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMN)[None, :], zeros)
+    # Once a step the warps of a warpgroup meet, which Triton would have them do before they store dS. Here it
+    # is better: they begin the products together.
+    barrier()
     s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
     if MASKED:  # a mask needs the registers in which the products would wait for each other
         s = warpgroup_mma_wait(0, [s])
@@ -277,7 +392,7 @@ def _exchange(
     slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
     fence_async_shared()
     barriers.meet(barriers.EXCHANGE + step % 2, WITH_ANOTHER)
-    all_keys = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    all_keys = ring.matrix(_keys(operands), BLOCK_N, WIDTH)
     no_dq = gl.zeros([ROWS, ROWS], gl.float32, HALF)
     if BLOCK_M == ROWS:  # halves of the columns
         half_dot = slot.permute([1, 0])

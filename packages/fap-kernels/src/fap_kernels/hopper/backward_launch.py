@@ -12,6 +12,7 @@ from ..launch import Launch, packing_arguments, score_arguments, strides_of, til
 from .config import BACKWARD, LIFT, WARPGROUP_ROWS, BackwardConfig, choose
 from .launch import heads_beside, tile_descriptor
 from .query_grads import hopper_query_grads_kernel
+from .work import CLUSTER
 
 if TYPE_CHECKING:
     from ..backward.launch import BackwardInputs
@@ -110,7 +111,9 @@ def _plan_gradients(
 
     if config.relay and additions is not None:
         raise ValueError("the relay adds up dQ in no fixed order")
-    tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, config.block_n)
+    cluster = CLUSTER.value if _in_clusters(problem, config, additions) else 1
+    rows = config.block_n * cluster
+    tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, rows)
     programs = items = problem.nheads_k * tiles
     own: dict[str, Any]  # what only one of the kernels takes
     if config.relay:
@@ -122,14 +125,14 @@ def _plan_gradients(
         drawn = torch.empty(1, dtype=torch.int32, device=inputs.q.device) if items > programs else None
         own["tickets"] = drawn
     else:
-        kernel, own = hopper_backward_kernel, {"additions": additions}
+        kernel, own = hopper_backward_kernel, {"additions": additions, "CLUSTER": cluster > 1}
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
     dq_tiles = 2 if kernel is hopper_backward_kernel else 1
     packed = problem.packed
-    beside = None if packed else _heads_beside(problem, processors, config, additions is not None)
+    beside = None if packed else _heads_beside(problem, processors // cluster, rows, additions is not None)
     return Launch(
         kernel=kernel,
-        programs=programs,
+        programs=programs * cluster,
         arguments={
             "q_part0": tile_descriptor(inputs.q, config.block_m, config.width, packed),
             "k_part0": tile_descriptor(inputs.k, config.block_n, config.width, packed),
@@ -156,6 +159,7 @@ def _plan_gradients(
         },
         num_warps=4,
         overlap=True,
+        cluster=cluster,
     )
 
 
@@ -215,6 +219,11 @@ def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
     return config.three and problem.dtype == torch.bfloat16
 
 
+def _in_clusters(problem: AttentionProblem, config: BackwardConfig, additions: torch.Tensor | None) -> bool:
+    """Whether programs share the queries that they sweep, as the configuration prefers."""
+    return config.cluster and additions is None and not problem.packed
+
+
 def _lift(problem: AttentionProblem, config: BackwardConfig) -> int:
     """By how many powers of two all weights, and so the sum in ``dq_acc``, are too large."""
     lifted = _in_three(problem, config) or (config.relay and problem.dtype == torch.bfloat16)
@@ -241,9 +250,9 @@ def _in_order_by_three(
     return {"additions": additions, "dq_part0": part, "dq_acc": None if dq is None else dq_acc}
 
 
-def _heads_beside(problem: AttentionProblem, processors: int, config: BackwardConfig, in_order: bool) -> int:
-    """How many key heads are worked on side by side, where all have equally many key tiles."""
-    key_tiles = max(-(-problem.seqlen_k // config.block_n), 1)
+def _heads_beside(problem: AttentionProblem, processors: int, rows: int, in_order: bool) -> int:
+    """How many key heads are worked on side by side, where all have equally many tiles of ``rows`` keys."""
+    key_tiles = max(-(-problem.seqlen_k // rows), 1)
     if in_order:
         # Fewer tiles of more heads wait for each other less.
         return max(processors // key_tiles, 1)

@@ -67,7 +67,7 @@ def hopper_backward_relay_kernel(
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, None,
+        window_left, window_right, items, heads_beside, None, None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     gl.static_assert(BLOCK_M == ROWS and BLOCK_N == ROWS, "a warpgroup holds 64 keys by 64 queries")
@@ -77,8 +77,9 @@ def hopper_backward_relay_kernel(
     staging = gl.allocate_shared_memory(dk_part0.dtype, [1, 2 * ROWS, ROWS], SWIZZLED)
     fence_async_shared()
     operands = backward_tiles.Operands(
-        call, score, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full, room.v_full,
-        None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None, rows_padded,
+        call, score, None, None, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full,
+        room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None,
+        rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     LOWERED: gl.constexpr = LOWER if q_part0.dtype == gl.bfloat16 else 1.0

@@ -83,7 +83,7 @@ def hopper_backward_three_kernel(
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, tickets,
+        window_left, window_right, items, heads_beside, tickets, None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     queries = ring.make_numbered_tiles(q_part0, lse_part0, STAGES)
@@ -103,8 +103,9 @@ def hopper_backward_three_kernel(
         handover = make_handover(2)
     fence_async_shared()
     operands = backward_tiles.Operands(
-        call, score, alibi_stride, queries, douts, k, v, k_full, v_full, keys_free, board, exchange, staging,
-        dk_part0, dv_part0, dq_part0, dq_acc_part0, handover, dq_acc, additions, rows_padded,
+        call, score, None, None, alibi_stride, queries, douts, k, v, k_full, v_full, keys_free, board,
+        exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0, handover, dq_acc, additions,
+        rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.

@@ -10,8 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..language import masks, rows, scores
 from ..language import softmax as weights
-from . import backward_work, hiding, ring, softmax
-from .compat import tma_load
+from . import backward_work, hiding, ring, softmax, work
+from .compat import reinterpret, tma_load
 from .config import LIFT
 
 ROWS = softmax.ROWS
@@ -33,11 +33,13 @@ class Operands(NamedTuple):
 
     Fields:
         call, score: what to compute.
+        q_shared, dout_shared: where two programs share ``queries`` and ``douts``, else None.
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with -delta.
         k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
             its rows. Its gradients leave through here. Where programs stay there are two of each, for tiles
-            that take turns.
+            that take turns. In a cluster both ``k`` and ``v`` are the
+            allocation that these tiles are in.
         keys_free: barriers that tell when the one or the other may be filled again; None where there is one.
         board: where the warp that fetches announces key tiles to programs that stay, else None.
         exchange: dS of two steps, keys by queries.
@@ -52,6 +54,8 @@ class Operands(NamedTuple):
 
     call: Any
     score: Any
+    q_shared: Any
+    dout_shared: Any
     alibi_stride: Any
     queries: Any
     douts: Any
@@ -92,11 +96,45 @@ def make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, ST
     douts = ring.make_numbered_tiles(dout_part0, delta_part0, STAGES)
     k = gl.allocate_shared_memory(k_part0.dtype, k_part0.block_shape, k_part0.layout)
     v = gl.allocate_shared_memory(v_part0.dtype, v_part0.block_shape, v_part0.layout)
+    k_full, v_full = _make_key_barriers()
+    return Tiles(queries, douts, k, v, k_full, v_full)
+
+
+@gluon.jit
+def make_shared_tiles(q_part0, k_part0, lse_part0, STAGES: gl.constexpr):
+    """The same where two programs of a cluster share queries and the output's gradient.
+
+    All tiles are one allocation, in pieces as large as a key tile: keys, values, queries, gradients. The
+    numbers of the latter are another, and their barriers two more. ``k`` and ``v`` are all of the first.
+    """
+    tiles = gl.allocate_shared_memory(k_part0.dtype, [4] + k_part0.block_shape, k_part0.layout)
+    LENGTH: gl.constexpr = lse_part0.block_shape[0]
+    numbers = gl.allocate_shared_memory(lse_part0.dtype, [2, STAGES * LENGTH], lse_part0.layout)
+    queries = _shared_tiles(tiles, numbers, 0, q_part0, lse_part0, STAGES)
+    douts = _shared_tiles(tiles, numbers, 1, q_part0, lse_part0, STAGES)
+    k_full, v_full = _make_key_barriers()
+    return Tiles(queries, douts, tiles, tiles, k_full, v_full)
+
+
+@gluon.jit
+def _shared_tiles(tiles, numbers, WHICH: gl.constexpr, like, vector, STAGES: gl.constexpr):
+    SHAPE: gl.constexpr = [STAGES] + like.block_shape
+    NUMBERS: gl.constexpr = [STAGES] + vector.block_shape
+    full, _ = ring.make_shared_barriers(WHICH, STAGES, 2)  # a warp of each program says what is free
+    return ring.NumberedTiles(
+        reinterpret(tiles.index(2 + WHICH), like.dtype, SHAPE, like.layout),
+        reinterpret(numbers.index(WHICH), vector.dtype, NUMBERS, vector.layout),
+        full,
+    )
+
+
+@gluon.jit
+def _make_key_barriers():
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
-    return Tiles(queries, douts, k, v, k_full, v_full)
+    return k_full, v_full
 
 
 @gluon.jit
@@ -112,7 +150,7 @@ def key_tile_of(operands, item, BLOCK_N: gl.constexpr):
 def work_of(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """The key tile of a program that has one alone, and its sweep."""
     call = operands.call
-    tile = key_tile_of(operands, gl.program_id(0), BLOCK_N)
+    tile = key_tile_of(operands, work.program(call), BLOCK_N)
     return tile, backward_work.sweep_of(call, tile, 0, 0, BLOCK_M, BLOCK_N)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..language import masks, spans, tiles
+from . import work
 
 
 class KeyTile(NamedTuple):
@@ -52,18 +53,21 @@ class Sweep(NamedTuple):
 
 @triton.jit
 def key_tile_of(call, index, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """Key tile number ``index``.
+    """Key tile number ``index``, or this program's of a cluster's pair of them.
 
     Under a causal mask a head's first keys have the most work, and come first unless ``LAST_FIRST``.
     """
     nheads_k = call.nheads // call.group
     if call.heads_beside is None:
+        tl.static_assert(call.cluster is None, "packed sequences have no pairs of key tiles")
         packed = spans.Slots(call.cu_seqlens_k, call.entries, call.slots)
         batch, head_k, first_key = tiles.place_of(index, nheads_k, None, packed, BLOCK_N, LAST_FIRST)
     else:
+        ITEM: tl.constexpr = BLOCK_N if call.cluster is None else BLOCK_N * work.CLUSTER
         batch, head_k, first_key = tiles.place_beside(
-            index, nheads_k, call.heads_beside, call.items, call.seqlen_k, BLOCK_N, LAST_FIRST
+            index, nheads_k, call.heads_beside, call.items, call.seqlen_k, ITEM, LAST_FIRST
         )
+        first_key += work.rows_before(call, BLOCK_N)
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
     return KeyTile(batch, head_k, first_key, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
@@ -71,16 +75,18 @@ def key_tile_of(call, index, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @triton.jit
 def sweep_of(call, tile, tiles_before, steps_before, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The query tiles that a key tile visits; none where the tile's keys do not exist."""
+    """The query tiles that a key tile visits, or a cluster's pair; none where no such keys exist."""
     # Queries that do not exist need no mask: their LSE is +inf, which makes their weights 0.
     OWN_END: tl.constexpr = call.window_left is None
+    ITEM: tl.constexpr = BLOCK_N if call.cluster is None else BLOCK_N * work.CLUSTER
+    first_key = tile.first_key - work.rows_before(call, BLOCK_N)
     diagonal = tile.seqlen_k - tile.seqlen_q
     window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
-    visit = tiles.queries_to_visit(window, tile.first_key, BLOCK_N, BLOCK_M, OWN_END)
-    end = tl.where(tile.first_key < tile.seqlen_k, visit.end, 0)
+    visit = tiles.queries_to_visit(window, first_key, ITEM, BLOCK_M, OWN_END)
+    end = tl.where(first_key < tile.seqlen_k, visit.end, 0)
     # Keys that do not exist do need one. They are zeros, but exp(0 - LSE) of a row whose logits are all far
     # below 0 is infinite, and infinity times zero would be added to dQ.
-    whole = tile.first_key + BLOCK_N <= tile.seqlen_k
+    whole = first_key + ITEM <= tile.seqlen_k
     inner = tl.where(whole, tl.minimum(visit.inner, end), end)
     outer = tl.where(whole, tl.minimum(visit.outer, end), end)
     return Sweep(

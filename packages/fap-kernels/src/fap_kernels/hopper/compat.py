@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unwrap
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["reinterpret", "tma_add", "tma_load", "tma_store"]
+__all__ = ["barrier", "reinterpret", "tma_add", "tma_load", "tma_store"]
 
+# Among the warps of a partition; renamed in Triton 3.7.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 # Triton 3.9 renamed both, and keeps the old names only to say so.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global

@@ -17,6 +17,7 @@ __all__ = [
     "BACKWARD_64",
     "BACKWARD_128",
     "BACKWARD_256",
+    "CLUSTERED_128",
     "FORWARD",
     "LIFT",
     "ORDERED_64",
@@ -71,7 +72,10 @@ class HopperConfig:
         beside: programs that share a multiprocessor and its registers, where one has a single warpgroup: what
             one of them waits for, the others fill with their work.
         tickets: have persistent programs draw query tiles from a counter, where tiles take unequally long;
-            for packed sequences.
+            for packed sequences, and short ones under a causal mask.
+        cluster: let two programs on different multiprocessors share query tiles of twice as many rows, and
+            fetch half of the keys and values each for both, which takes half of the traffic from the L2
+            cache; for two warpgroups.
     """
 
     width: int
@@ -88,6 +92,7 @@ class HopperConfig:
     hold_queries: bool = False
     beside: int = 1
     tickets: bool = False
+    cluster: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 2:
@@ -104,6 +109,13 @@ class HopperConfig:
             raise ValueError("out_parts needs a persistent program: another has no next query tile")
         if self.beside > 1 and self.warpgroups > 1:
             raise ValueError("programs of several warpgroups leave no registers for another one beside them")
+        if self.cluster and (self.warpgroups != 2 or self.stages > 4):
+            raise ValueError("programs of a cluster have two warpgroups and at most four stages")
+        if self.cluster and (self.overlap_tiles or self.tickets):
+            raise ValueError("programs of a cluster neither overlap query tiles nor draw them")
+        queries = WARPGROUP_ROWS * self.warpgroups * (2 if self.queries_ahead else 1)
+        if self.cluster and 2 * self.stages * self.block_n <= queries:
+            raise ValueError("keys and values of a cluster lie where the most shared memory is taken")
 
     @property
     def maxnreg(self) -> int | None:
@@ -132,6 +144,9 @@ class BackwardConfig:
             place after, which counts where sequences are short.
         three: let a third warpgroup make dQ, and programs stay for one key tile after the other, where
             tensors are bfloat16; for width 64.
+        cluster: let two programs on different multiprocessors have neighbouring key tiles, and fetch the
+            queries or the output's gradient for both, which takes a quarter of the traffic from the L2 cache;
+            for width 128, where the order of additions is free and sequences are not packed.
     """
 
     width: int
@@ -139,11 +154,16 @@ class BackwardConfig:
     stages: int
     ordered: bool = False
     three: bool = False
+    cluster: bool = False
 
     def __post_init__(self) -> None:
         if self.three and (self.width, self.block_m) != (64, 128):
             raise ValueError(
                 f"three warpgroups take 64 columns and 128 queries, got {self.width} and {self.block_m}"
+            )
+        if self.cluster and (self.width, self.block_m, self.stages, self.ordered) != (128, 64, 2, False):
+            raise ValueError(
+                "programs of a cluster take 128 columns and 64 queries in two stages, in any order"
             )
 
     @property
@@ -172,6 +192,7 @@ class HopperRow(Generic[Config]):
         bfloat16: only bfloat16 (True), or only others (False); None is both.
         windowed: only with (True) or without (False) a bound on the left; None is both.
         seqlen_from, seqlen_below: the least ``seqlen_k``, and the least that is too long; None for any.
+        queries_from, queries_below: the same of ``seqlen_q``.
         by_default: to be taken as a matter of course; else only where ``use_schedule("hopper")`` asks for it.
     """
 
@@ -186,6 +207,8 @@ class HopperRow(Generic[Config]):
     windowed: bool | None = None
     seqlen_from: int = 0
     seqlen_below: int | None = None
+    queries_from: int = 0
+    queries_below: int | None = None
     by_default: bool = True
 
     def fits(self, problem: AttentionProblem) -> bool:
@@ -202,6 +225,8 @@ class HopperRow(Generic[Config]):
             and self.windowed in (None, problem.window_left >= 0)
             and problem.seqlen_k >= self.seqlen_from
             and (self.seqlen_below is None or problem.seqlen_k < self.seqlen_below)
+            and problem.seqlen_q >= self.queries_from
+            and (self.queries_below is None or problem.seqlen_q < self.queries_below)
         )
 
 
@@ -238,11 +263,13 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(64, 1, 64, 3, persistent=True, overlap_tiles=True, beside=3, tickets=True),
               why="436 at 2k, 451 mixed, H200; one tile a program 400, 414, portable 322, 334"),
     HopperRow(head_dim=128, packed=True, plain=True, bounded=True,
-              config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True, tickets=True),
-              why="536 at 2k, 542 mixed, H200; taking turns 517, 548, portable 381, 401"),
+              config=HopperConfig(
+                  128, 2, 128, 2, persistent=True, hold_queries=True, out_parts=1, tickets=True),
+              why="537 at 2k, 546 mixed, H200; tiles overlapped, queries not held 511, 527"),
     HopperRow(head_dim=128, packed=True, plain=True, bounded=False,
-              config=HopperConfig(128, 2, 128, 2, tickets=True, **_FLOWING),
-              why="622 at 2k, 612 mixed; portable 444, 425; one tile a program 589, 596"),
+              config=HopperConfig(
+                  128, 2, 128, 2, persistent=True, turns=True, hold_queries=True, out_parts=1, tickets=True),
+              why="638 at 2k, 627 mixed, H200; tiles overlapped, queries not held 628, 620"),
     HopperRow(head_dim=256, packed=True, plain=True,
               config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, tickets=True, out_parts=2),
               why="681, causal 583 at 2k, 562 mixed, H200; one tile a program 626, 519, 534"),
@@ -288,37 +315,52 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, beside=3),
               why="287 at 512, 362 at 1k; portable 211, 289, cuDNN 256, 333; two warpgroups 236, 341"),
 
-    HopperRow(head_dim=128, bounded=False, seqlen_from=2048,
+    # A cluster has 256 queries at a time, so with few of them many of its programs would have none.
+    HopperRow(head_dim=128, bounded=False, seqlen_from=1024, queries_from=1024,
+              config=HopperConfig(
+                  128, 2, 128, 2, persistent=True, turns=True, hold_queries=True, out_parts=1,
+                  cluster=True),
+              why="604 at 1k, 680 at 2k, 739 at 8k, 764 at 16k; no clusters 574, 639, 722, 725"),
+    HopperRow(head_dim=128, bounded=False, seqlen_from=2048, queries_below=1024,
               config=HopperConfig(
                   128, 2, 128, 2, persistent=True, turns=True, hold_queries=True, out_parts=1),
               why="642 at 2k, 720 at 8k, 733 at 16k; tiles overlapped, queries not held 636, 710, 729"),
     HopperRow(head_dim=128, bounded=False,
               config=HopperConfig(128, 2, 64, 4, **_FLOWING),
-              why="515 at 512, 595 at 1k; portable 355, 418, cuDNN 492, 550; 128 keys 484, 575"),
+              why="515 at 512; portable 355, cuDNN 492; 128 keys 484; clusters of 64 keys 506 to its 502"),
     HopperRow(head_dim=128, windowed=True, seqlen_from=1024,
               config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True),
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
-    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=8192,
+    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_from=1024,
+              config=HopperConfig(
+                  128, 2, 128, 2, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1,
+                  cluster=True),
+              why="639 at 4k, 697 at 8k, 713 at 16k; one tile a program, no clusters 642, 701 at 8k, 16k"),
+    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_below=1024,
               config=HopperConfig(128, 2, 128, 2, hold_queries=True),
               why="634 at 8k, 681 at 16k; queries not held 622, 665; of other runs portable 451, 476"),
-    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096,
-              config=HopperConfig(
-                  128, 2, 128, 2, persistent=True, paired=True, overlap_tiles=True, hold_queries=True),
-              why="611 at 4k; queries not held 587; one tile a program 559"),
-    HopperRow(head_dim=128, bounded=True,
+    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=1024,
               config=HopperConfig(128, 2, 64, 4, paired=True, **_FLOWING),
-              why="347 at 512, 442 at 1k, 533 at 2k; 128 keys 421, 521 at 1k, 2k; cuDNN 314, 392, 459"),
+              why="442 at 1k, 533 at 2k; 128 keys 421, 521; cuDNN 392, 459"),
+    HopperRow(head_dim=128, bounded=True, config=HopperConfig(128, 2, 64, 4, tickets=True, **_FLOWING),
+              why="341 at 512, 437 at 1k; pairs 329, 441"),
 
     HopperRow(head_dim=160, bounded=True, config=HopperConfig(256, 2, 64, 2, turns=True), by_default=False,
               why="d160: the portable kernel is faster by 1.11 at 4k, causal"),
+    HopperRow(head_dim=256, bounded=False, seqlen_from=2048, queries_from=1024,
+              config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, out_parts=2, cluster=True),
+              why="696 at 2k, 755 at 8k, 767 at 16k; no clusters 687, 747, 761"),
     HopperRow(head_dim=256, bounded=False,
               config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, out_parts=2),
               why="544 at 512, 697 at 2k, 752 at 8k; by the queries' place 494, 671, 747"),
     HopperRow(head_dim=256, bounded=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
               why="686 at 8k, 706 at 16k; pairs 677, 685"),
-    HopperRow(head_dim=256, bounded=True,
+    HopperRow(head_dim=256, bounded=True, seqlen_from=1024,
               config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2),
-              why="357 at 512, 572 at 2k, 649 at 4k; by the queries' place 320, 544, one tile 630 at 4k"),
+              why="470 at 1k, 572 at 2k, 649 at 4k; by the queries' place 544, one tile 630 at 4k"),
+    HopperRow(head_dim=256, bounded=True,
+              config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, tickets=True, out_parts=2),
+              why="353 at 512, 443 at 1k; pairs 342, 470"),
 )  # fmt: skip
 
 # Run for marked tiles alone; small, so that many programs look at marks side by side.
@@ -333,6 +375,7 @@ BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
 BACKWARD_256 = BackwardConfig(width=256, block_m=64, stages=2)
 ORDERED_64 = replace(BACKWARD_64, ordered=True)
 ORDERED_128 = replace(BACKWARD_128, ordered=True)
+CLUSTERED_128 = replace(BACKWARD_128, cluster=True)
 
 # TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H200, bf16, 16,384
 # tokens, nheads * head_dim = 2048, Triton 3.6; FA4's are of an H100. Read from the top; the first row that
@@ -379,6 +422,8 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="with ALiBi the portable kernels are faster: by 1.2 at 4k, causal 1.35"),
     HopperRow(head_dim=128, packed=False, seqlen_below=4096, config=ORDERED_128,
               why="374 at 512, causal 434 at 2k; free order 348, 406, portable 281, 318, cuDNN 326, 378"),
+    HopperRow(head_dim=128, bounded=False, plain=True, packed=False, config=CLUSTERED_128,
+              why="580 at 8k; no clusters 571; causal 531, 550 (the GPU was slower that day than below)"),
     HopperRow(head_dim=128, bounded=False, config=BACKWARD_128,
               why="574 at 8k, 589 at 16k; portable 393, 405, cuDNN 531, 554, FA4 619, 637"),
     HopperRow(head_dim=128, windowed=True, config=BACKWARD_128,

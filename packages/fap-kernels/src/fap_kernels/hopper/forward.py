@@ -48,9 +48,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import announcements, hiding, pairs, ring, softmax, turns, work
+from . import announcements, cluster, hiding, pairs, ring, softmax, turns, work
 
 ROWS = softmax.ROWS
+KERNEL = gl.constexpr("hopper_forward_kernel")
+DESCRIPTOR = cluster.DESCRIPTOR
 
 
 class Operands(NamedTuple):
@@ -61,6 +63,7 @@ class Operands(NamedTuple):
         board: where the warp that fetches announces query tiles of packed sequences, else None.
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
+        k_shared, v_shared: where two programs share ``k_ring`` and ``v_ring``, else None.
         staging: shared memory through which the output leaves, a tile, or half of one, for each warpgroup.
         out, lse, lse_rows: where the results go, ``out`` by descriptor, and how many rows of LSE a head has.
     """
@@ -72,6 +75,8 @@ class Operands(NamedTuple):
     q_ring: Any
     k_ring: Any
     v_ring: Any
+    k_shared: Any
+    v_shared: Any
     staging: Any
     out: Any
     lse: Any
@@ -87,32 +92,47 @@ def hopper_forward_kernel(
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
     PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr, HOLD_QUERIES: gl.constexpr,
+    CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
 
     Grid: any number of programs; ``items`` are query tiles, or pairs of them if ``PAIRED``, and program p
-    takes items p, p + programs, ...
+    takes items p, p + programs, ... With ``CLUSTER`` two programs share an item of twice as many queries.
     """
+    clustered = None
+    if CLUSTER:
+        clustered = True
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, tickets,
+        window_left, window_right, items, heads_beside, tickets, clustered,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
-    keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
-    values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
+    k_shared, v_shared = None, None
+    if CLUSTER:
+        keys, values = ring.make_shared_rings(k_part0, STAGES, WARPGROUPS)
+        TILE: gl.constexpr = k_part0.block_type.nbytes
+        OUT: gl.constexpr = WARPGROUPS * out_part0.block_type.nbytes if OUT_PARTS > 0 else 0
+        BARRIERS: gl.constexpr = 2 * STAGES * TILE + Q_STAGES * WARPGROUPS * q_part0.block_type.nbytes + OUT
+        k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + 8 * ring.SHARED_STAGES, 0)
+        SECOND: gl.constexpr = BARRIERS + ring.SHARED_BARRIERS[0]
+        v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + 8 * ring.SHARED_STAGES, 1)
+    else:
+        keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
+        values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
     staging = queries.tiles  # no longer needed once a tile's output is there
     if OVERLAP_TILES or OUT_PARTS > 0:
         staging = gl.allocate_shared_memory(
             out_part0.dtype, [WARPGROUPS] + out_part0.block_shape, out_part0.layout
         )
     board = None
-    if cu_seqlens_q is not None:
+    if cu_seqlens_q is not None or tickets is not None:
         board = announcements.make_board(WARPGROUPS)
     fence_async_shared()
     operands = Operands(
-        call, score, board, alibi_stride, queries, keys, values, staging, out_part0, lse, lse_rows
-    )
+        call, score, board, alibi_stride, queries, keys, values, k_shared, v_shared, staging, out_part0, lse,
+        lse_rows,
+    )  # fmt: skip
     parts = (q_part0, k_part0, v_part0)
     # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
     # others: how many warps each has, and how many registers a thread of them; the first has what is left.
@@ -127,6 +147,21 @@ def hopper_forward_kernel(
             ],
             [1],
             [24],
+        )
+    elif CLUSTER:
+        gl.static_assert(WARPGROUPS == 2)
+        gl.warp_specialize(
+            [
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
+                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 2, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
+                (_fetch, (operands, parts, BLOCK_N, STAGES, 2, Q_STAGES, PAIRED)),
+                (_attend, (operands,)),
+                (_attend, (operands,)),
+            ],
+            [4, 1, 2, 1],
+            [240, 24, 24, 24],
         )
     elif WARPGROUPS == 2:
         gl.warp_specialize(
@@ -158,6 +193,21 @@ def hopper_forward_kernel(
 
 
 @gluon.jit
+def _attend(operands):
+    """Meet as the other warps do, since a cluster waits for those too that fill up a warpgroup."""
+    _meet(operands)
+    _meet(operands)
+
+
+@gluon.jit
+def _meet(operands):
+    """In a cluster, wait until all warps of both programs have come: at the start and at the end."""
+    if operands.k_shared is not None:
+        cluster.arrive()
+        cluster.wait()
+
+
+@gluon.jit
 def _fetch(
     operands, parts, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
@@ -166,6 +216,7 @@ def _fetch(
     call = operands.call
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     q_stage, q_phase, stage, phase = 0, 0, 0, 0
+    _meet(operands)
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
     count = 0
     while work.there_is(call, turn, PAIRED):
@@ -185,12 +236,18 @@ def _fetch(
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for step in range(sweep.count):
             first_key = sweep.top - step * BLOCK_N
-            ring.fill(operands.k_ring, stage, phase, k_rows, head_k, first_key)
-            ring.fill(operands.v_ring, stage, phase, v_rows, head_k, first_key)
+            if operands.k_shared is None:
+                ring.fill(operands.k_ring, stage, phase, k_rows, head_k, first_key)
+                ring.fill(operands.v_ring, stage, phase, v_rows, head_k, first_key)
+            else:
+                place = ring.coordinates_of(k_rows, head_k, first_key)
+                cluster.fill(operands.k_shared, stage, phase, parts[1], DESCRIPTOR, KERNEL, place)
+                cluster.fill(operands.v_shared, stage, phase, parts[2], 2 * DESCRIPTOR, KERNEL, place)
             stage, phase = ring.advance(stage, phase, STAGES)
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         count += 1
     announcements.announce(operands.board, count, False, tile)
+    _meet(operands)
 
 
 @gluon.jit
@@ -212,6 +269,7 @@ def _multiply(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
     stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
+    _meet(operands)
     # Whether the next tile's first scores are there before this one's output has left.
     AHEAD: gl.constexpr = OVERLAP_TILES or OUT_PARTS > 0
     if TURNS:
@@ -238,8 +296,8 @@ def _multiply(
                 mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
             q_slot, weights, row_max, sums, operands, stage, phase,
-            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES, AHEAD,
-            OUT_PARTS, O,
+            tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES,
+            AHEAD, OUT_PARTS, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
         if OUT_PARTS > 0 and not HOLD_QUERIES:
@@ -259,12 +317,12 @@ def _multiply(
             p = pairs.matrix(weights, operands.v_ring, acc)
             if TURNS:
                 turns.take_turn(WARPGROUP)
-            s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, S)
-            acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
+            s = _multiply_keys(q, operands, stage, phase, there, BLOCK_N, WIDTH, S)
+            acc = _multiply_values(p, acc, operands, v_stage, v_phase, BLOCK_N, WIDTH)
             if TURNS:
                 turns.pass_turn(WARPGROUP, WARPGROUPS)
             s = warpgroup_mma_wait(1, [s])
-            mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
+            ring.give_back(operands.k_ring, operands.k_shared, stage, there)
             weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
             # Waited for already: the branch alone keeps the assembler from moving the next wait up.
             mbarrier.wait(operands.v_ring.full.index(v_stage), v_phase)
@@ -272,12 +330,11 @@ def _multiply(
             weights = pairs.rounded(weights, operands.v_ring)
         else:
             p = pairs.matrix(weights, operands.v_ring, acc)
-            acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
+            acc = _multiply_values(p, acc, operands, v_stage, v_phase, BLOCK_N, WIDTH)
             acc, p = warpgroup_mma_wait(0, [acc, p])
-        # The output before must have left the staging tile, and all warps must know it, which the barrier of
-        # the next line sees to.
+        # The output before must have left the staging tile, and all warps must know it: Triton has them meet.
         tma.store_wait(0)
-        mbarrier.arrive(operands.v_ring.empty.index(v_stage))
+        ring.give_back(operands.v_ring, operands.v_shared, v_stage)
 
         out = _finish(operands, done, WARPGROUP, acc, done_max, done_sums, OPTIMISTIC)
         if OUT_PARTS > 0:
@@ -301,6 +358,7 @@ def _multiply(
                 tma.store_wait(0)
                 mbarrier.arrive(operands.q_ring.empty.index(done_slot))
     tma.store_wait(0)
+    _meet(operands)
 
 
 @gluon.jit
@@ -315,9 +373,12 @@ def _own_sweep(
     """
     call = operands.call
     sweep = work.sweep_of(call, tile, ROWS * WARPGROUPS, BLOCK_N)
-    APART: gl.constexpr = ROWS * (WARPGROUPS - 1)  # rows between the first warpgroup and the last
-    if call.window_right is not None and WARPGROUP < WARPGROUPS - 1 and APART >= BLOCK_N:
-        gl.static_assert(APART <= BLOCK_N * (STAGES - 1), "no stage would be left for the keys to begin with")
+    CLUSTERED: gl.constexpr = call.cluster is not None
+    # Rows between the first warpgroup and the last, and whether one behind this may be the last.
+    APART: gl.constexpr = ROWS * (WARPGROUPS * (2 if CLUSTERED else 1) - 1)
+    if call.window_right is not None and (CLUSTERED or WARPGROUP < WARPGROUPS - 1) and APART >= BLOCK_N:
+        ENOUGH: gl.constexpr = APART <= BLOCK_N * (STAGES - 1)
+        gl.static_assert(ENOUGH or CLUSTERED, "no stage would be left for the keys to begin with")
         first_row = tile.first_query + WARPGROUP * ROWS
         above = gl.where(there, work.steps_above(call, tile, sweep, first_row, ROWS, BLOCK_N), 0)
         for _ in range(above):
@@ -326,9 +387,9 @@ def _own_sweep(
                 turns.pass_turn(WARPGROUP, WARPGROUPS)
             # To give a stage back before it is filled would be taken for giving back what it held before.
             mbarrier.wait(operands.k_ring.full.index(stage), phase)
-            mbarrier.arrive(operands.k_ring.empty.index(stage))
+            ring.give_back(operands.k_ring, operands.k_shared, stage)
             mbarrier.wait(operands.v_ring.full.index(stage), phase)
-            mbarrier.arrive(operands.v_ring.empty.index(stage))
+            ring.give_back(operands.v_ring, operands.v_shared, stage)
             stage, phase = ring.advance(stage, phase, STAGES)
         sweep = work.Sweep(sweep.top - above * BLOCK_N, sweep.count - above)
     return sweep, stage, phase
@@ -357,20 +418,21 @@ def _queries_again(queries, slot, held, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _multiply_keys(q, keys, stage, phase, there, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr,
+def _multiply_keys(q, operands, stage, phase, there, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr,
                    LAYOUT: gl.constexpr):  # fmt: skip
     """Start ``S = Q K^T`` with the keys of a stage, once they have arrived."""
-    mbarrier.wait(keys.full.index(stage), phase, pred=there)
-    k = ring.matrix(keys.tiles.index(stage), BLOCK_N, WIDTH).permute([1, 0])
+    mbarrier.wait(operands.k_ring.full.index(stage), phase, pred=there)
+    k = ring.matrix(ring.tile(operands.k_ring, operands.k_shared, stage), BLOCK_N, WIDTH).permute([1, 0])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _multiply_values(p, acc, values, stage, phase, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
+def _multiply_values(p, acc, operands, stage, phase, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
     """Start ``O += P V`` with the values of a stage, once they have arrived."""
-    mbarrier.wait(values.full.index(stage), phase)
-    return warpgroup_mma(p, ring.matrix(values.tiles.index(stage), BLOCK_N, WIDTH), acc, is_async=True)
+    mbarrier.wait(operands.v_ring.full.index(stage), phase)
+    v = ring.matrix(ring.tile(operands.v_ring, operands.v_shared, stage), BLOCK_N, WIDTH)
+    return warpgroup_mma(p, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -401,7 +463,7 @@ def _begin(
         operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
     )
     q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
-    s = _multiply_keys(q, operands.k_ring, stage, phase, there, BLOCK_N, WIDTH, LAYOUT)
+    s = _multiply_keys(q, operands, stage, phase, there, BLOCK_N, WIDTH, LAYOUT)
     return s, sweep, stage, phase
 
 
@@ -409,7 +471,7 @@ def _begin(
 def _weigh_begun(s, operands, tile, there, WARPGROUP: gl.constexpr, sweep, stage):
     """Wait for a query tile's first scores, give their keys back, and weigh them."""
     s = warpgroup_mma_wait(0, [s])
-    mbarrier.arrive(operands.k_ring.empty.index(stage), pred=there)
+    ring.give_back(operands.k_ring, operands.k_shared, stage, there)
     weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
     return pairs.rounded(weights, operands.v_ring), row_max, sums
 
@@ -487,12 +549,12 @@ def _step(
     p = pairs.matrix(weights, operands.v_ring, acc)
     if TURNS:
         turns.take_turn(WARPGROUP)
-    s = _multiply_keys(q, operands.k_ring, stage, phase, True, BLOCK_N, WIDTH, S)
-    acc = _multiply_values(p, acc, operands.v_ring, v_stage, v_phase, BLOCK_N, WIDTH)
+    s = _multiply_keys(q, operands, stage, phase, True, BLOCK_N, WIDTH, S)
+    acc = _multiply_values(p, acc, operands, v_stage, v_phase, BLOCK_N, WIDTH)
     if TURNS:
         turns.pass_turn(WARPGROUP, WARPGROUPS)
     s = warpgroup_mma_wait(1, [s])
-    mbarrier.arrive(operands.k_ring.empty.index(stage))
+    ring.give_back(operands.k_ring, operands.k_shared, stage)
     if last_slot is not None:
         mbarrier.arrive(operands.q_ring.empty.index(last_slot), pred=step + 1 == sweep.count)
     x = _logits(s, operands, tile, WARPGROUP, sweep.top - step * BLOCK_N, MASKED)
@@ -505,7 +567,7 @@ def _step(
     # O above the exponentials.
     mbarrier.wait(operands.k_ring.full.index(next_stage), next_phase, pred=step + 1 < sweep.count)
     acc, p = warpgroup_mma_wait(0, [acc, p])
-    mbarrier.arrive(operands.v_ring.empty.index(v_stage))
+    ring.give_back(operands.v_ring, operands.v_shared, v_stage)
     if not OPTIMISTIC:
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
     weights = pairs.rounded(weights, operands.v_ring)

@@ -18,6 +18,7 @@ from ..launch import (
 from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
 from .tickets import hopper_tickets_kernel
+from .work import CLUSTER
 
 if TYPE_CHECKING:
     from ..packing import Packing
@@ -56,21 +57,23 @@ def plan_hopper_forward(
     packed = problem.packed
     if packed and config.paired:
         raise ValueError("packed sequences have different lengths, and so no pairs of equal work")
-    if config.tickets and not packed:
-        raise ValueError("tickets are for packed sequences, whose query tiles are announced")
-    rows = 2 * block_m if config.paired else block_m
+    if packed and config.cluster:
+        raise ValueError("programs of a cluster share no packed sequences")
+    item = block_m * CLUSTER.value if config.cluster else block_m
+    rows = 2 * item if config.paired else item
     tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, rows)
     items = problem.nheads * tiles
+    processors = max(processors * block_m // item, 1)  # in clusters, pairs of them
     programs = min(processors * config.beside, items) if config.persistent else items
     beside = None
-    if problem.window_right >= 0 and not config.persistent and not packed:
-        beside = heads_beside(-(-problem.seqlen_q // block_m), problem.batch * problem.nheads, processors)
+    if problem.window_right >= 0 and not packed and (config.tickets or not config.persistent):
+        beside = heads_beside(-(-problem.seqlen_q // item), problem.batch * problem.nheads, processors)
     # Where each program has but one tile, there is none to draw.
     draw = config.tickets and items > programs
     tickets = torch.empty(1, dtype=torch.int32, device=q.device) if draw else None
     forward = Launch(
         kernel=hopper_forward_kernel,
-        programs=programs,
+        programs=programs * (item // block_m),
         arguments={
             "q_part0": tile_descriptor(q, WARPGROUP_ROWS, config.width, packed),
             "k_part0": tile_descriptor(k, config.block_n, config.width, packed),
@@ -94,9 +97,11 @@ def plan_hopper_forward(
             "OPTIMISTIC": config.optimistic,
             "TURNS": config.turns,
             "HOLD_QUERIES": config.hold_queries,
+            "CLUSTER": config.cluster,
         },
         num_warps=4,
         maxnreg=config.maxnreg,
+        cluster=item // block_m,
     )
     launches, workspaces = [forward], {}
     if tickets is not None:

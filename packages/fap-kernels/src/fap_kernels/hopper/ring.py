@@ -9,7 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..language.rows import WRAPPING_ROWS
-from .compat import tma_load, tma_store
+from . import cluster
+from .compat import reinterpret, tma_load, tma_store
 
 
 class Ring(NamedTuple):
@@ -32,6 +33,47 @@ def make_ring(like, STAGES: gl.constexpr, READERS: gl.constexpr):
     tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
     full, empty = make_barriers(STAGES, READERS)
     return Ring(tiles, full, empty)
+
+
+SHARED_STAGES = gl.constexpr(4)
+"""At most, of a ring that two programs share: so many barriers of each kind there are."""
+
+SHARED_BARRIERS = gl.constexpr((768, 512))
+"""Bytes that the barriers of the first shared ring take, and of the second: more than anything else but tiles
+and the numbers of their rows, so that it is known where they lie. They are two allocations, or Triton would
+have the warps of a warpgroup meet between waiting for one and for the other."""
+
+
+@gluon.jit
+def make_shared_rings(like, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Two rings for :mod:`fap_kernels.hopper.cluster`, of equal tiles, read by ``READERS`` warpgroups each.
+
+    Their tiles are one allocation, the first ring's first.
+    """
+    tiles = gl.allocate_shared_memory(like.dtype, [2 * STAGES] + like.block_shape, like.layout)
+    # Each warp of two programs gives back by itself.
+    full0, empty0 = make_shared_barriers(0, STAGES, 2 * 4 * READERS)
+    full1, empty1 = make_shared_barriers(1, STAGES, 2 * 4 * READERS)
+    return Ring(tiles, full0, empty0), Ring(tiles, full1, empty1)
+
+
+@gluon.jit
+def make_shared_barriers(WHICH: gl.constexpr, STAGES: gl.constexpr, GIVEN_BACK: gl.constexpr):
+    """``full`` and ``empty`` of the first or the second shared ring, one behind the other in memory.
+
+    ``empty`` waits for ``GIVEN_BACK`` to give a stage back; what does is :mod:`fap_kernels.hopper.cluster`.
+    """
+    gl.static_assert(STAGES <= SHARED_STAGES, "there are no more barriers")
+    SINGLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ROWS: gl.constexpr = SHARED_BARRIERS[WHICH] // (8 * SHARED_STAGES)
+    barriers = gl.allocate_shared_memory(gl.int64, [ROWS, SHARED_STAGES], SINGLE)
+    full = reinterpret(barriers.index(0), gl.int64, [SHARED_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = reinterpret(barriers.index(1), gl.int64, [SHARED_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=GIVEN_BACK)
+    cluster.publish_barriers()
+    return full, empty
 
 
 @gluon.jit
@@ -70,6 +112,28 @@ def fill(ring, stage, phase, rows, head, first):
     mbarrier.expect(ring.full.index(stage), rows.part0.block_type.nbytes)
     coordinates = coordinates_of(rows, head, first)
     tma_load(rows.part0, coordinates, ring.full.index(stage), ring.tiles.index(stage))
+
+
+@gluon.jit
+def tile(ring, shared, stage):
+    """The tile of a stage, of a ring that two programs share where there is ``shared``."""
+    if shared is None:
+        return ring.tiles.index(stage)
+    else:
+        return ring.tiles.index(shared.first + stage)
+
+
+@gluon.jit
+def give_back(ring, shared, stage, pred=True):
+    """Let the tile of a stage be filled again, as far as this warpgroup is concerned.
+
+    Where two programs share the ring, all warps of the warpgroup give back what they have used, without
+    waiting for each other.
+    """
+    if shared is None:
+        mbarrier.arrive(ring.empty.index(stage), pred=pred)
+    else:
+        cluster.give_back(shared, stage, pred)
 
 
 class NumberedTiles(NamedTuple):

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from ..language import masks, spans, tiles
 
+CLUSTER = tl.constexpr(2)
+"""Programs that share an item, where any do."""
+
 
 class Call(NamedTuple):
     """What one launch computes.
@@ -32,6 +35,8 @@ class Call(NamedTuple):
             comes after the other, as where sequences are packed, or query tiles paired.
         tickets: address of a 0, from which programs draw the numbers of their items; None where each knows
             them beforehand.
+        cluster: not None where two programs, of numbers side by side, share each item, and sweep the same
+            keys: one has its first half, the other its second one.
     """
 
     cu_seqlens_q: Any
@@ -49,6 +54,7 @@ class Call(NamedTuple):
     items: Any
     heads_beside: Any
     tickets: Any
+    cluster: Any
 
 
 class Tile(NamedTuple):
@@ -90,10 +96,37 @@ class Phases(NamedTuple):
 
 
 @triton.jit
+def program(call):
+    """Which program this is; those of a cluster count as one."""
+    if call.cluster is None:
+        return tl.program_id(0)
+    else:
+        return tl.program_id(0) // CLUSTER
+
+
+@triton.jit
+def programs(call):
+    """How many programs there are; those of a cluster count as one."""
+    if call.cluster is None:
+        return tl.num_programs(0)
+    else:
+        return tl.num_programs(0) // CLUSTER
+
+
+@triton.jit
+def rows_before(call, BLOCK: tl.constexpr):
+    """How many rows of its items a program leaves to its cluster's first one, which has ``BLOCK`` of each."""
+    if call.cluster is None:
+        return 0
+    else:
+        return tl.program_id(0) % CLUSTER * BLOCK
+
+
+@triton.jit
 def first_turn(call):
     """A program's first turn."""
     if call.tickets is not None:
-        return tl.program_id(0)
+        return program(call)
     else:
         return 0
 
@@ -102,7 +135,7 @@ def first_turn(call):
 def turn_after(call, turn):
     """The turn after ``turn``; where tickets are drawn, this draws one."""
     if call.tickets is not None:
-        return tl.num_programs(0) + draw(call)
+        return programs(call) + draw(call)
     else:
         return turn + 1
 
@@ -123,34 +156,35 @@ def item_of(call, turn, PAIRED: tl.constexpr):
         tl.static_assert(not PAIRED, "a program has both tiles of a pair, and tickets are drawn for one")
         return turn
     elif PAIRED:
-        return tl.program_id(0) + turn // 2 * tl.num_programs(0)
+        return program(call) + turn // 2 * programs(call)
     else:
-        return tl.program_id(0) + turn * tl.num_programs(0)
+        return program(call) + turn * programs(call)
 
 
 @triton.jit
 def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
-    """Batch entry, head and first query of a turn, and whether there is such a tile.
+    """Batch entry, head and first query of a turn's item, and whether there is such an item.
 
     With ``PAIRED``, for sequences that are not packed, an item is the n-th query tile from the end of a
     sequence and the n-th from its start: under a causal mask all pairs have the same work, and programs that
     take equally many end together.
     """
     item = tl.minimum(item_of(call, turn, PAIRED), call.items - 1)
+    ITEM: tl.constexpr = BLOCK_M if call.cluster is None else BLOCK_M * CLUSTER
     if PAIRED:
         tl.static_assert(call.cu_seqlens_q is None, "sequences of different lengths have no pairs")
-        count = tl.cdiv(call.seqlen_q, BLOCK_M)
+        count = tl.cdiv(call.seqlen_q, ITEM)
         pairs = tl.cdiv(count, 2)
         number = item % pairs
         opposite = count - 1 - number
         late = turn % 2 == 0
         row = item // pairs
         exists = late | (number != opposite)
-        first_query = tl.where(late, opposite, number) * BLOCK_M
+        first_query = tl.where(late, opposite, number) * ITEM
         return row // call.nheads, row % call.nheads, first_query, exists
     elif call.heads_beside is not None:
         batch, head, first_query = tiles.place_beside(
-            item, call.nheads, call.heads_beside, call.items, call.seqlen_q, BLOCK_M,
+            item, call.nheads, call.heads_beside, call.items, call.seqlen_q, ITEM,
             call.window_right is not None,
         )  # fmt: skip
         return batch, head, first_query, item >= 0  # always there: next_tile wants a tensor
@@ -159,7 +193,7 @@ def place_of(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
         if call.cu_seqlens_q is not None:
             packed = spans.Slots(call.cu_seqlens_q, call.entries, call.slots)
         batch, head, first_query = tiles.place_of(
-            item, call.nheads, call.seqlen_q, packed, BLOCK_M, call.window_right is not None
+            item, call.nheads, call.seqlen_q, packed, ITEM, call.window_right is not None
         )
         return batch, head, first_query, item >= 0
 
@@ -186,6 +220,7 @@ def next_tile(call, turn, BLOCK_M: tl.constexpr, PAIRED: tl.constexpr):
             exists = exists & _reaches(call, batch, first_query)
     q_batch, q_start, seqlen_q = spans.span_of(call.cu_seqlens_q, call.seqused_q, call.seqlen_q, batch)
     k_batch, k_start, seqlen_k = spans.span_of(call.cu_seqlens_k, call.seqused_k, call.seqlen_k, batch)
+    first_query += rows_before(call, BLOCK_M)
     return turn, Tile(batch, head, first_query, q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
 
 
@@ -198,10 +233,11 @@ def _reaches(call, batch, first_query):
 
 @triton.jit
 def sweep_of(call, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key tiles that a query tile visits."""
+    """The key tiles that a query tile visits, or its whole item, if a cluster shares it."""
+    ITEM: tl.constexpr = BLOCK_M if call.cluster is None else BLOCK_M * CLUSTER
     diagonal = tile.seqlen_k - tile.seqlen_q
     window = masks.Window(call.window_left, call.window_right, diagonal, tile.seqlen_q, tile.seqlen_k)
-    visit = tiles.keys_to_visit(window, tile.first_query, BLOCK_M, BLOCK_N)
+    visit = tiles.keys_to_visit(window, tile.first_query - rows_before(call, BLOCK_M), ITEM, BLOCK_N)
     count = tl.maximum(tl.cdiv(tl.maximum(visit.end - visit.start, 0), BLOCK_N), 1)
     return Sweep(visit.start + (count - 1) * BLOCK_N, count)
 

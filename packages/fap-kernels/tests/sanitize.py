@@ -482,12 +482,15 @@ def main() -> int:
         command = python if tool == "none" else [*sanitizer, *python]
         results = run_all(command, options.jobs, options.timeout)
         again = {number: why for number, result in enumerate(results) if (why := failed_itself(*result))}
+        # What is known is said before more is asked.
+        known = [result for number, result in enumerate(results) if number not in again]
+        bad += report(tool, known, time.monotonic() - begin, places, board)
         for number, why in again.items():
             print(f"{tool}: share {number} runs again, since {why}", flush=True)
-        second = run_all(command, options.jobs, options.timeout, again) if again else []
-        for number, result in zip(again, second, strict=True):
-            results[number] = result
-        bad += report(tool, results, time.monotonic() - begin, places, board)
+        if again:
+            begin = time.monotonic()
+            results = run_all(command, options.jobs, options.timeout, again)
+            bad += report(tool, results, time.monotonic() - begin, places, board)
     return 1 if bad else 0
 
 

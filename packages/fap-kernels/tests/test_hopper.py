@@ -232,6 +232,28 @@ def test_programs_of_a_cluster_come_in_pairs(processors: int, programs: int) -> 
         plan_hopper_forward(packed, 1, q, k, v, torch.empty_like(q), lse, None, packing, config)
 
 
+@needs_gluon
+def test_a_triton_that_is_not_known_forms_no_clusters(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fap_kernels.hopper import conditions
+    from fap_kernels.hopper.launch import plan_hopper_forward
+
+    problem, (q, k, v), *_ = describe(seqlen_q=1100, seqlen_k=4096)
+    lse = torch.empty(1, 4, q.shape[1])
+    monkeypatch.setattr(conditions, "_triton", lambda: (3, 10))
+    conditions.clusters_are_known.cache_clear()
+    try:
+        for _ in range(2):
+            (forward, _), _ = plan_hopper_forward(problem, 132, q, k, v, torch.empty_like(q), lse, None)
+            assert (forward.programs, forward.cluster, forward.arguments["items"]) == (36, 1, 36)
+            assert not forward.arguments["CLUSTER"]
+    finally:
+        conditions.clusters_are_known.cache_clear()
+    (record,) = caplog.records
+    assert "where Triton 3.10 puts what they share is not known" in record.getMessage()
+
+
 def test_no_row_hides_another() -> None:
     for row in FORWARD:
         for call in calls_of(row).values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from ..target import Target
     from .config import HopperRow
 
-__all__ = ["backward_reasons_against", "forward_reasons_against"]
+__all__ = ["backward_reasons_against", "clusters_are_known", "forward_reasons_against"]
+
+_logger = logging.getLogger("fap_kernels")
 
 FEWEST_QUERIES = 65
 """Fewer fill no second warpgroup."""
@@ -89,7 +92,25 @@ def _reasons_against(
 
 @cache
 def _gluon_is_here() -> bool:
+    return _triton() >= (3, 6)
+
+
+@cache
+def clusters_are_known() -> bool:
+    """Whether this version of Triton is one of which :mod:`fap_kernels.hopper.cluster` knows enough.
+
+    Where not, a log line says so, once, and programs run without: each fetches all that it reads.
+    """
+    known = (3, 6) <= _triton() <= (3, 9)
+    if not known:
+        _logger.warning(
+            "programs form no clusters: where Triton %d.%d puts what they share is not known", *_triton()
+        )
+    return known
+
+
+def _triton() -> tuple[int, int]:
     import triton  # whose distribution has another name in some builds of PyTorch
 
     major, minor = triton.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (3, 6)
+    return int(major), int(minor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from ..launch import (
     strides_of,
     tiles_of,
 )
+from .conditions import clusters_are_known
 from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
 from .tickets import hopper_tickets_kernel
@@ -52,6 +54,8 @@ def plan_hopper_forward(
     config = config or choose(FORWARD, problem).config
     if config is None:
         raise LookupError(f"the table hands {problem} to the portable kernel")
+    if config.cluster and not clusters_are_known():
+        config = replace(config, cluster=False)
     common = _common_arguments(problem, softmax_lse, alibi_slopes, packing)
     block_m = WARPGROUP_ROWS * config.warpgroups
     packed = problem.packed

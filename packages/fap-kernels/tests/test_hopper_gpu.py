@@ -14,6 +14,7 @@ import torch
 
 from fap_kernels import AttentionProblem, attention_forward, attention_varlen_forward, use_schedule
 from fap_kernels.hopper.config import FORWARD, HopperRow, choose
+from fap_kernels.replay import Replays
 from fap_testing.reference import attention_reference
 
 pytestmark = [
@@ -90,6 +91,31 @@ def test_a_row_has_the_portable_kernels_results(row: HopperRow[Any], mask: str) 
     (out, lse), (right, right_lse) = results
     assert (out.float() - right.float()).norm() <= 2 * ERRORS[q.dtype] * right.float().norm()
     torch.testing.assert_close(lse, right_lse, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 7])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((1, 1100, 4200, 4, 2, 128), {}),
+        ((2, 1290, 4500, 2, 2, 128), {"causal": True}),
+        ((1, 1025, 5000, 3, 1, 128), {"window_size": (-1, 70)}),
+        ((2, 1030, 2100, 2, 1, 256), {}),
+    ],
+    ids=str,
+)
+def test_clusters_take_one_item_after_the_other(
+    sizes: tuple[int, ...], options: dict[str, Any], processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last ones the second program has no query, or few."""
+    # Kept launches do not know of what is pretended here: none are taken, and none are left.
+    monkeypatch.setattr("fap_kernels.target._processors_of_index", lambda index: processors)
+    monkeypatch.setattr("fap_kernels.attention._forward_replays", Replays())
+    q, k, v = draw(*sizes)
+    config = choose(FORWARD, AttentionProblem.describe(q, k, v, **options)).config
+    assert config is not None
+    assert config.cluster
+    check(q, k, v, **options)
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)

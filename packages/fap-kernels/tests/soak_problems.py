@@ -116,7 +116,8 @@ def variants(seed: int = 0) -> list[Variant]:
             row = choose(FORWARD, problem)
             new = {("forward", *_reached(row, variant))} - reached
             if new:
-                queries = range(max(QUERIES[0], row.queries_from), row.queries_below or QUERIES.stop)
+                fewest = max(QUERIES[0], row.queries_from)
+                queries = range(fewest, min(row.queries_below or LONGEST, fewest + len(QUERIES)))
         if not backward_reasons_against(problem, SM_90, asked_for=True):
             backward = {("backward", *_reached(choose(BACKWARD, problem), variant))} - reached
         if new or backward:
@@ -134,7 +135,7 @@ def _candidates(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:
                 bounded = mask in ("window", "left")
                 for head_dim, first in itertools.product(HEAD_DIMS[mask != "causal"], FEWEST):
                     yield Variant(
-                        head_dim, mask, range(max(low, 1), high), range(max(first, 65), QUERIES.stop),
+                        head_dim, mask, range(max(low, 1), high), range(max(first, QUERIES[0]), LONGEST),
                         features=FEATURES[mask] if decorated else (),
                         packed=packed, seqused=packed and bounded,
                         dtype=dtypes[bounded != swapped], deterministic=deterministic,
@@ -180,7 +181,7 @@ def draw(variant: Variant, number: int, seed: int) -> Problem:
     lengths_q = [rng.choice((0, 1, n, rng.randint(0, 1500))) for n in lengths_k]
     place = rng.randrange(count)
     lengths_k[place] = longest
-    queries = rng.choice((min(longest, 1500), _length(rng, QUERIES)))
+    queries = rng.choice((min(longest, variant.queries[-1]), _length(rng, variant.queries)))
     lengths_q[place] = min(max(queries, variant.queries[0]), variant.queries[-1])
     if number >= FULL_TILES and rng.random() < 0.1 and variant.queries[0] == QUERIES[0]:
         lengths_q[place] = rng.randint(1, 64)

@@ -331,12 +331,13 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=128, windowed=True, seqlen_from=1024,
               config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True),
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
-    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_from=1024,
+    # It takes 512 in pairs, of which few heads have too few for all multiprocessors.
+    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_from=4096,
               config=HopperConfig(
                   128, 2, 128, 2, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1,
                   cluster=True),
               why="639 at 4k, 697 at 8k, 713 at 16k; one tile a program, no clusters 642, 701 at 8k, 16k"),
-    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_below=1024,
+    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_below=4096,
               config=HopperConfig(128, 2, 128, 2, hold_queries=True),
               why="634 at 8k, 681 at 16k; queries not held 622, 665; of other runs portable 451, 476"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=1024,

@@ -94,6 +94,12 @@ def places(compiled: Compiled, instruction: str) -> list[int]:
     return sorted(known[register] for register in written if register in known)
 
 
+def barriers_of_shared_rings(first: int, stages: int) -> set[int]:
+    """Where the barriers of two rings that programs of a cluster share are to lie, from ``first`` on."""
+    kinds = [start + kind for start in (first, first + 768) for kind in (0, 32)]
+    return {kind + 8 * stage for kind in kinds for stage in range(stages)}
+
+
 def unknown_maps(compiled: Compiled) -> set[str]:
     """Kernel parameters that the assembly takes for tensor maps, though they are none."""
     taken = set(re.findall(r"mov\.b64 map, (\w+);", compiled.assembly))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ahead_of_time import (
     Compiled,
+    barriers_of_shared_rings,
     compile_launch,
     disassemble,
     exponentials_between,
@@ -152,11 +153,8 @@ def test_a_cluster_compiles_and_addresses_what_is_where_its_assembly_has_it(kind
     # Keys and values are fetched by Gluon, into the first tiles of the allocation that holds all of them.
     assert places(backward, r"complete_tx::bytes \[(%r\d+)\]")[:4:2] == [0, 32 << 10]
     numbers = 224 << 10
-    barriers = numbers + 1024
     found = places(backward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
-    expected = {start + 32 * which + 8 * stage for start in (barriers, barriers + 768)
-                for which in (0, 1) for stage in (0, 1)}  # fmt: skip
-    assert expected <= set(found)
+    assert barriers_of_shared_rings(numbers + 1024, 2) <= set(found)
     # The warpgroups read the numbers of rows, LSE and delta, by a register and a place.
     read = {int(place) for place in re.findall(r"ld\.shared\.\S+\s.*\[%r\d+\+(\d+)\]", backward.assembly)}
     assert {numbers, numbers + 512} <= read

@@ -31,9 +31,6 @@ def list_work(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
     """Write down what each program works on, ``(items, FIELDS)``, and what it waits for at each step."""
-    clustered = None
-    if CLUSTER:
-        clustered = True
     call = work.Call(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -50,7 +47,7 @@ def list_work(
         items,
         heads_beside,
         None,
-        clustered,
+        True if CLUSTER else None,
     )
     tile = backward_work.key_tile_of(call, work.program(call), BLOCK_N, LAST_FIRST)
     sweep = backward_work.sweep_of(call, tile, 0, 0, BLOCK_M, BLOCK_N)

@@ -29,9 +29,6 @@ def list_work(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
     """Write down each turn of a program, ``(programs, MOST, FIELDS)``."""
-    clustered = None
-    if CLUSTER:
-        clustered = True
     call = work.Call(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -48,7 +45,7 @@ def list_work(
         items,
         heads_beside,
         tickets,
-        clustered,
+        True if CLUSTER else None,
     )
     row = found + tl.program_id(0) * MOST * 15
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)

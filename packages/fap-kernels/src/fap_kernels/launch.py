@@ -100,6 +100,11 @@ class Launch:
     cluster: int = 1
 
     @property
+    def values(self) -> list[Any]:
+        """The arguments in the kernel's order."""
+        return [self.arguments[parameter.name] for parameter in self.kernel.params]
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """What Triton's launcher is told, to which those of a cluster are one program."""
         return self.programs // self.cluster, 1, 1
@@ -135,7 +140,7 @@ class Launch:
         num_warps, _, *others = compiled.packed_metadata
         compiled.packed_metadata = (num_warps, self.cluster, *others)
         # This very one: another thread may have compiled it as well, and put its own in the kernel's cache.
-        compiled[self.grid](*(self.arguments[parameter.name] for parameter in self.kernel.params))
+        compiled[self.grid](*self.values)
         return compiled
 
     def compile(self, device: torch.device) -> None:

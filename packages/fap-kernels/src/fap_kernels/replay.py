@@ -254,7 +254,7 @@ class _Step:
     ) -> _Step | None:
         if not hasattr(compiled, "packed_metadata"):
             return None  # Triton's interpreter compiles nothing.
-        values = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
+        values = launch.values
         step = cls(compiled, launch.grid, values.copy())
         for position, (parameter, value) in enumerate(zip(launch.kernel.params, values, strict=True)):
             name = parameter.name.removesuffix("_part0").removesuffix("_part1")

@@ -58,10 +58,11 @@ from .backward_tiles import ROWS, THREADS, WITH_ANOTHER
 from .compat import barrier, tma_add, tma_store
 
 KERNEL = gl.constexpr("hopper_backward_kernel")
-DOUT = gl.constexpr(3 * cluster.DESCRIPTOR.value)
+QUERIES = gl.constexpr(0)
+DOUTS = gl.constexpr(3 * cluster.DESCRIPTOR.value)
 LSE = gl.constexpr(6 * cluster.DESCRIPTOR.value)
 DELTA = gl.constexpr(6 * cluster.DESCRIPTOR.value + cluster.VECTOR.value)
-"""The numbers of their tensor maps among the kernel's parameters; that of the queries is 0."""
+"""The numbers of their tensor maps among the kernel's parameters."""
 
 NUMBERS = gl.constexpr(224 << 10)
 BARRIERS = gl.constexpr(225 << 10)
@@ -86,21 +87,18 @@ def hopper_backward_kernel(
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. With
     ``CLUSTER`` two of neighbouring numbers have neighbouring key tiles, and sweep the same queries.
     """
-    clustered = None
-    if CLUSTER:
-        clustered = True
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, None, clustered,
+        window_left, window_right, items, heads_beside, None, True if CLUSTER else None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     q_shared, dout_shared = None, None
     if CLUSTER:
         room = backward_tiles.make_shared_tiles(q_part0, k_part0, lse_part0, STAGES)
         TILE: gl.constexpr = k_part0.block_type.nbytes
-        SECOND: gl.constexpr = BARRIERS + ring.SHARED_BARRIERS[0]
-        q_shared = cluster.Shared(0, 2 * TILE, BARRIERS, BARRIERS + 8 * ring.SHARED_STAGES, 0)
-        dout_shared = cluster.Shared(0, 3 * TILE, SECOND, SECOND + 8 * ring.SHARED_STAGES, 1)
+        q_shared = cluster.Shared(0, 2 * TILE, BARRIERS, BARRIERS + cluster.EMPTY, 0)
+        SECOND: gl.constexpr = BARRIERS + cluster.BARRIERS[0]
+        dout_shared = cluster.Shared(0, 3 * TILE, SECOND, SECOND + cluster.EMPTY, 1)
     else:
         room = backward_tiles.make_tiles(
             q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES
@@ -161,30 +159,43 @@ def _fetch(
     grid.wait_for_previous()
     for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
-        stage = step % STAGES
         head = tile.head_k * call.group + member
         first_query = sweep.start + number * BLOCK_M
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
-        if operands.q_shared is None:
-            if step >= STAGES:
-                barriers.meet(barriers.QUERIES_FREE + stage, WITH_ANOTHER)
-            ring.fill_numbered(operands.queries, stage, q_rows, head, first_query, parts[4], position)
-        else:
-            place = ring.coordinates_of(q_rows, head, first_query)
-            vector = cluster.Vector(parts[4], position, NUMBERS)
-            phase = step // STAGES & 1
-            cluster.fill(operands.q_shared, stage, phase, parts[0], 0, KERNEL, place, vector, LSE)
+        _fill(
+            operands.queries, operands.q_shared, barriers.QUERIES_FREE, step, q_rows, head, first_query,
+            cluster.Vector(parts[4], position, NUMBERS), QUERIES, LSE, STAGES,
+        )  # fmt: skip
         if step == 0:
             backward_tiles.fill_keys(operands, operands.v_full, _values(operands, step), parts[2], tile)
-        if operands.q_shared is None:
-            if step >= STAGES:
-                barriers.meet(barriers.DOUTS_FREE + stage, WITH_ANOTHER)
-            ring.fill_numbered(operands.douts, stage, dout_rows, head, first_query, parts[5], position)
-        else:
-            place = ring.coordinates_of(dout_rows, head, first_query)
-            vector = cluster.Vector(parts[5], position, NUMBERS + 512)
-            phase = step // STAGES & 1
-            cluster.fill(operands.dout_shared, stage, phase, parts[3], DOUT, KERNEL, place, vector, DELTA)
+        _fill(
+            operands.douts, operands.dout_shared, barriers.DOUTS_FREE, step, dout_rows, head, first_query,
+            cluster.Vector(parts[5], position, NUMBERS + STAGES * parts[4].block_type.nbytes), DOUTS, DELTA,
+            STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _fill(
+    numbered, shared, FREE: gl.constexpr, step, of_rows, head, first_query, vector, MAP: gl.constexpr,
+    VECTOR_MAP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fetch a step's tile and its numbers once its stage is free; in a cluster for both programs, or neither.
+
+    Args:
+        FREE: the first of the barriers that tell of free stages, where no other program has a say.
+        vector: the :class:`cluster.Vector` of its numbers.
+        MAP, VECTOR_MAP: which of the kernel's parameters their tensor maps are.
+    """
+    stage = step % STAGES
+    if shared is None:
+        if step >= STAGES:
+            barriers.meet(FREE + stage, WITH_ANOTHER)
+        ring.fill_numbered(numbered, stage, of_rows, head, first_query, vector.descriptor, vector.position)
+    else:
+        place = ring.coordinates_of(of_rows, head, first_query)
+        phase = step // STAGES & 1
+        cluster.fill(shared, stage, phase, of_rows.part0, MAP, KERNEL, place, vector, VECTOR_MAP)
 
 
 @gluon.jit

@@ -38,8 +38,7 @@ class Operands(NamedTuple):
         queries, douts: tiles of queries, numbered with their LSE, and of the output's gradient, with -delta.
         k, v, k_full, v_full: the key tile, and what tells when it is there. The keys of a warpgroup are 64 of
             its rows. Its gradients leave through here. Where programs stay there are two of each, for tiles
-            that take turns. In a cluster both ``k`` and ``v`` are the
-            allocation that these tiles are in.
+            that take turns. In a cluster both ``k`` and ``v`` are the allocation that these tiles are in.
         keys_free: barriers that tell when the one or the other may be filled again; None where there is one.
         board: where the warp that fetches announces key tiles to programs that stay, else None.
         exchange: dS of two steps, keys by queries.

@@ -12,6 +12,8 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 
+from .compat import assemble
+
 __all__ = [
     "DOUTS_FREE",
     "DQ_STAGED",
@@ -72,7 +74,4 @@ def arrive(number: Any, threads: Any, _semantic: Any = None) -> None:
 
 def _named_barrier(kind: str, number: Any, threads: Any, _semantic: Any) -> None:
     threads = getattr(threads, "value", threads)
-    builder = _semantic.builder
-    handle = _semantic.to_tensor(number).handle
-    assembly = f"bar.{kind} $1, {threads}; mov.u32 $0, 0;"
-    builder.create_inline_asm(assembly, "=r,r", [handle], [gl.int32.to_ir(builder)], False, 1)
+    assemble(f"bar.{kind} $1, {threads}; mov.u32 $0, 0;", [number], _semantic)

@@ -33,8 +33,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unwrap
 from triton.experimental.gluon.language._core import builtin
 
+from .compat import assemble
+
 __all__ = [
+    "BARRIERS",
     "DESCRIPTOR",
+    "EMPTY",
+    "STAGES",
     "VECTOR",
     "Shared",
     "Vector",
@@ -50,6 +55,17 @@ DESCRIPTOR = gl.constexpr(9)
 
 VECTOR = gl.constexpr(3)
 """The same of one dimension."""
+
+STAGES = gl.constexpr(4)
+"""At most, of a shared ring: so many barriers of each kind there are."""
+
+BARRIERS = gl.constexpr((768, 512))
+"""Bytes that the barriers of the first shared ring take, and of the second, behind them: more than anything
+else but tiles and the numbers of their rows, so that it is known where they lie. They are two allocations, or
+Triton would have the warps of a warpgroup meet between waiting for one and for the other."""
+
+EMPTY = gl.constexpr(8 * STAGES.value)
+"""How far behind the barriers of filled stages those of empty ones lie, in bytes."""
 
 PANEL = 64
 """Columns that the TMA unit fetches at once: 128 bytes of them, as wide as shared memory's swizzle."""
@@ -75,19 +91,19 @@ class Shared(NamedTuple):
 @builtin
 def publish_barriers(_semantic: Any = None) -> None:
     """Let the other program see barriers that this thread has set up, once it has met this one."""
-    _assemble("fence.mbarrier_init.release.cluster; mov.u32 $0, 0;", [], _semantic)
+    assemble("fence.mbarrier_init.release.cluster; mov.u32 $0, 0;", [], _semantic)
 
 
 @builtin
 def arrive(_semantic: Any = None) -> None:
     """Tell both programs that this warp is here; all warps of both must."""
-    _assemble("barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;", [], _semantic)
+    assemble("barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;", [], _semantic)
 
 
 @builtin
 def wait(_semantic: Any = None) -> None:
     """Wait until all warps of both programs have arrived. A warp may arrive again only after that."""
-    _assemble("barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", [], _semantic)
+    assemble("barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", [], _semantic)
 
 
 @builtin
@@ -110,7 +126,8 @@ def give_back(shared: Any, stage: Any, pred: Any = True, _semantic: Any = None) 
         mov.u32 $0, 0;
     }"""
     pred = _semantic.cast(_semantic.to_tensor(unwrap(pred)), gl.int32)
-    _assemble(text, [stage, shared[3], shared[4], pred], _semantic)
+    _, _, _, empty, owner = shared
+    assemble(text, [stage, empty, owner, pred], _semantic)
 
 
 class Vector(NamedTuple):
@@ -194,10 +211,4 @@ def fill(
     }}"""
     _, tiles, full, empty, owner = shared
     before = _semantic.xor_(_semantic.to_tensor(phase), _semantic.to_tensor(1))
-    _assemble(text, [stage, before, tiles, full, empty, owner, *operands], _semantic)
-
-
-def _assemble(text: str, operands: list[Any], semantic: Any) -> None:
-    builder = semantic.builder
-    handles = [semantic.to_tensor(unwrap(operand)).handle for operand in operands]
-    builder.create_inline_asm(text, "=r" + ",r" * len(handles), handles, [gl.int32.to_ir(builder)], False, 1)
+    assemble(text, [stage, before, tiles, full, empty, owner, *operands], _semantic)

@@ -1,4 +1,4 @@
-"""The names of Gluon that differ between Triton 3.6 and 3.9."""
+"""What Gluon offers by names that differ between Triton 3.6 and 3.9, or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unw
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["barrier", "reinterpret", "tma_add", "tma_load", "tma_store"]
+__all__ = ["assemble", "barrier", "reinterpret", "tma_add", "tma_load", "tma_store"]
 
 # Among the warps of a partition; renamed in Triton 3.7.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -30,6 +30,19 @@ def _tma_add(descriptor: Any, coordinates: Any, tile: Any, _semantic: Any = None
 
 # Up to Triton 3.7 the compiler has it, but Gluon does not offer it.
 tma_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_add
+
+
+def assemble(code: str, operands: list[Any], semantic: Any, kinds: str | None = None) -> None:
+    """Put assembly into a kernel that acts and returns nothing; for functions of Triton's builder.
+
+    Args:
+        code: PTX whose ``$1``, ``$2``, ... are the operands; it must write some int32 to ``$0``.
+        kinds: a letter for each operand, as LLVM has them; by default all are int32, ``r``.
+    """
+    builder = semantic.builder
+    handles = [semantic.to_tensor(unwrap(operand)).handle for operand in operands]
+    constraints = ",".join(("=r", *(kinds or "r" * len(handles))))
+    builder.create_inline_asm(code, constraints, handles, [gl.int32.to_ir(builder)], False, 1)
 
 
 @builtin

@@ -99,12 +99,9 @@ def hopper_forward_kernel(
     Grid: any number of programs; ``items`` are query tiles, or pairs of them if ``PAIRED``, and program p
     takes items p, p + programs, ... With ``CLUSTER`` two programs share an item of twice as many queries.
     """
-    clustered = None
-    if CLUSTER:
-        clustered = True
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, tickets, clustered,
+        window_left, window_right, items, heads_beside, tickets, True if CLUSTER else None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
@@ -114,9 +111,9 @@ def hopper_forward_kernel(
         TILE: gl.constexpr = k_part0.block_type.nbytes
         OUT: gl.constexpr = WARPGROUPS * out_part0.block_type.nbytes if OUT_PARTS > 0 else 0
         BARRIERS: gl.constexpr = 2 * STAGES * TILE + Q_STAGES * WARPGROUPS * q_part0.block_type.nbytes + OUT
-        k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + 8 * ring.SHARED_STAGES, 0)
-        SECOND: gl.constexpr = BARRIERS + ring.SHARED_BARRIERS[0]
-        v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + 8 * ring.SHARED_STAGES, 1)
+        k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + cluster.EMPTY, 0)
+        SECOND: gl.constexpr = BARRIERS + cluster.BARRIERS[0]
+        v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + cluster.EMPTY, 1)
     else:
         keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
         values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
@@ -375,7 +372,7 @@ def _own_sweep(
     sweep = work.sweep_of(call, tile, ROWS * WARPGROUPS, BLOCK_N)
     CLUSTERED: gl.constexpr = call.cluster is not None
     # Rows between the first warpgroup and the last, and whether one behind this may be the last.
-    APART: gl.constexpr = ROWS * (WARPGROUPS * (2 if CLUSTERED else 1) - 1)
+    APART: gl.constexpr = ROWS * (WARPGROUPS * (work.CLUSTER if CLUSTERED else 1) - 1)
     if call.window_right is not None and (CLUSTERED or WARPGROUP < WARPGROUPS - 1) and APART >= BLOCK_N:
         ENOUGH: gl.constexpr = APART <= BLOCK_N * (STAGES - 1)
         gl.static_assert(ENOUGH or CLUSTERED, "no stage would be left for the keys to begin with")

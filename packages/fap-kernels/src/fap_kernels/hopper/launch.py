@@ -63,11 +63,12 @@ def plan_hopper_forward(
         raise ValueError("packed sequences have different lengths, and so no pairs of equal work")
     if packed and config.cluster:
         raise ValueError("programs of a cluster share no packed sequences")
-    item = block_m * CLUSTER.value if config.cluster else block_m
+    cluster = CLUSTER.value if config.cluster else 1
+    item = block_m * cluster
     rows = 2 * item if config.paired else item
     tiles, slots = tiles_of(packing, q, problem.batch, problem.seqlen_q, rows)
     items = problem.nheads * tiles
-    processors = max(processors * block_m // item, 1)  # in clusters, pairs of them
+    processors = max(processors // cluster, 1)  # or pairs of them
     programs = min(processors * config.beside, items) if config.persistent else items
     beside = None
     if problem.window_right >= 0 and not packed and (config.tickets or not config.persistent):
@@ -77,7 +78,7 @@ def plan_hopper_forward(
     tickets = torch.empty(1, dtype=torch.int32, device=q.device) if draw else None
     forward = Launch(
         kernel=hopper_forward_kernel,
-        programs=programs * (item // block_m),
+        programs=programs * cluster,
         arguments={
             "q_part0": tile_descriptor(q, WARPGROUP_ROWS, config.width, packed),
             "k_part0": tile_descriptor(k, config.block_n, config.width, packed),
@@ -105,7 +106,7 @@ def plan_hopper_forward(
         },
         num_warps=4,
         maxnreg=config.maxnreg,
-        cluster=item // block_m,
+        cluster=cluster,
     )
     launches, workspaces = [forward], {}
     if tickets is not None:

@@ -18,6 +18,8 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 
+from .compat import assemble
+
 __all__ = ["count_when_added", "wait_for"]
 
 _WAIT = """{
@@ -44,20 +46,14 @@ mov.u32 $0, 0;
 @builtin
 def wait_for(counter: Any, additions: Any, _semantic: Any = None) -> None:
     """Wait until the int32 at address ``counter`` says that so many additions are done."""
-    additions = _semantic.to_tensor(additions).handle
-    _assemble(_WAIT, "=r,l,r", [_address(counter, _semantic), additions], _semantic)
+    assemble(_WAIT, [_address(counter, _semantic), additions], _semantic, "lr")
 
 
 @builtin
 def count_when_added(counter: Any, _semantic: Any = None) -> None:
     """Wait until all that this warp had the TMA unit add has arrived in memory, and count one addition."""
-    _assemble(_COUNT, "=r,l", [_address(counter, _semantic)], _semantic)
+    assemble(_COUNT, [_address(counter, _semantic)], _semantic, "l")
 
 
 def _address(pointer: Any, semantic: Any) -> Any:
-    return semantic.cast(pointer, gl.int64).handle
-
-
-def _assemble(code: str, constraints: str, operands: list[Any], semantic: Any) -> None:
-    builder = semantic.builder
-    builder.create_inline_asm(code, constraints, operands, [gl.int32.to_ir(builder)], False, 1)
+    return semantic.cast(pointer, gl.int64)

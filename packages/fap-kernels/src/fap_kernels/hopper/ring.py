@@ -35,15 +35,6 @@ def make_ring(like, STAGES: gl.constexpr, READERS: gl.constexpr):
     return Ring(tiles, full, empty)
 
 
-SHARED_STAGES = gl.constexpr(4)
-"""At most, of a ring that two programs share: so many barriers of each kind there are."""
-
-SHARED_BARRIERS = gl.constexpr((768, 512))
-"""Bytes that the barriers of the first shared ring take, and of the second: more than anything else but tiles
-and the numbers of their rows, so that it is known where they lie. They are two allocations, or Triton would
-have the warps of a warpgroup meet between waiting for one and for the other."""
-
-
 @gluon.jit
 def make_shared_rings(like, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Two rings for :mod:`fap_kernels.hopper.cluster`, of equal tiles, read by ``READERS`` warpgroups each.
@@ -63,12 +54,12 @@ def make_shared_barriers(WHICH: gl.constexpr, STAGES: gl.constexpr, GIVEN_BACK: 
 
     ``empty`` waits for ``GIVEN_BACK`` to give a stage back; what does is :mod:`fap_kernels.hopper.cluster`.
     """
-    gl.static_assert(STAGES <= SHARED_STAGES, "there are no more barriers")
+    gl.static_assert(STAGES <= cluster.STAGES, "there are no more barriers")
     SINGLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ROWS: gl.constexpr = SHARED_BARRIERS[WHICH] // (8 * SHARED_STAGES)
-    barriers = gl.allocate_shared_memory(gl.int64, [ROWS, SHARED_STAGES], SINGLE)
-    full = reinterpret(barriers.index(0), gl.int64, [SHARED_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = reinterpret(barriers.index(1), gl.int64, [SHARED_STAGES, 1], mbarrier.MBarrierLayout())
+    KINDS: gl.constexpr = cluster.BARRIERS[WHICH] // (8 * cluster.STAGES)
+    barriers = gl.allocate_shared_memory(gl.int64, [KINDS, cluster.STAGES], SINGLE)
+    full = reinterpret(barriers.index(0), gl.int64, [cluster.STAGES, 1], mbarrier.MBarrierLayout())
+    empty = reinterpret(barriers.index(1), gl.int64, [cluster.STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GIVEN_BACK)

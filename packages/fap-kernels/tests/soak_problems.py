@@ -40,7 +40,7 @@ QUERIES = range(65, 1501)
 # Full tiles, and tiles that zeros fill up; most are multiples of 16, for which Triton compiles alike.
 HEAD_DIMS = {True: (64, 128, 256, 80, 40, 160, 192, 32), False: (48, 96, 192, 80, 32, 160, 64, 16, 24)}
 FEATURES = {"full": ("softcap", "alibi"), "causal": ("softcap",), "window": ("alibi",), "left": ("alibi",)}
-PROPERTIES = ("packed", "seqused", "deterministic", "forward", "backward")
+PROPERTIES = ("packed", "seqused", "deterministic", "grouped", "forward", "backward")
 FULL_TILES = 1000
 """Problems before this one have queries for every schedule, so that they compile all that the others need."""
 PAIRS = 1 << 25
@@ -59,6 +59,7 @@ class Variant:
         mask: "full", "causal", "window" (both bounds) or "left" (that one alone).
         seqlens_k: the longest key sequence's length is in this range.
         queries: the same of the length of its queries.
+        grouped: query heads share key heads; of others they may as well.
         forward, backward: what to run by the Hopper schedule.
     """
 
@@ -71,6 +72,7 @@ class Variant:
     seqused: bool = False
     dtype: torch.dtype = torch.bfloat16
     deterministic: bool = False
+    grouped: bool = False
     forward: bool = False
     backward: bool = False
 
@@ -86,7 +88,8 @@ class Variant:
         """One of its calls, with so many queries that no schedule leaves them to others."""
         seqlen_q, seqlen_k = max(self.queries[0], 128), self.seqlens_k[0]
         q, k, v = (
-            torch.empty(1, n, 1, self.head_dim, dtype=self.dtype) for n in (seqlen_q, seqlen_k, seqlen_k)
+            torch.empty(1, n, nheads, self.head_dim, dtype=self.dtype)
+            for n, nheads in ((seqlen_q, 2 if self.grouped else 1), (seqlen_k, 1), (seqlen_k, 1))
         )
         packing = None
         if self.packed:
@@ -97,7 +100,7 @@ class Variant:
             q, k, v, causal=self.mask == "causal",
             window_size={"window": (90, 30), "left": (90, -1)}.get(self.mask, (-1, -1)),
             softcap=20.0 if "softcap" in self.features else 0.0,
-            alibi_slopes=torch.ones(1) if "alibi" in self.features else None,
+            alibi_slopes=torch.ones(q.shape[-2]) if "alibi" in self.features else None,
             packing=packing, deterministic=self.deterministic,
         )  # fmt: skip
 
@@ -129,7 +132,8 @@ def variants(seed: int = 0) -> list[Variant]:
 def _candidates(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:
     lengths = list(itertools.pairwise([*LENGTHS, LONGEST]))
     # The other dtype comes last, for rows that are for one alone.
-    for swapped, packed, decorated, deterministic in itertools.product((False, True), repeat=4):
+    flags = itertools.product((False, True), repeat=5)
+    for grouped, swapped, packed, decorated, deterministic in flags:
         for number, (low, high) in enumerate(lengths):
             for mask in ("full", "causal", "left" if number % 2 else "window"):
                 bounded = mask in ("window", "left")
@@ -138,7 +142,7 @@ def _candidates(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:
                         head_dim, mask, range(max(low, 1), high), range(max(first, QUERIES[0]), LONGEST),
                         features=FEATURES[mask] if decorated else (),
                         packed=packed, seqused=packed and bounded,
-                        dtype=dtypes[bounded != swapped], deterministic=deterministic,
+                        dtype=dtypes[bounded != swapped], deterministic=deterministic, grouped=grouped,
                     )  # fmt: skip
 
 
@@ -185,7 +189,7 @@ def draw(variant: Variant, number: int, seed: int) -> Problem:
     lengths_q[place] = min(max(queries, variant.queries[0]), variant.queries[-1])
     if number >= FULL_TILES and rng.random() < 0.1 and variant.queries[0] == QUERIES[0]:
         lengths_q[place] = rng.randint(1, 64)
-    nheads_k, group = rng.randint(1, 3), rng.choice((1, 2, 4))
+    nheads_k, group = rng.randint(1, 3), rng.choice((2, 4) if variant.grouped else (1, 2, 4))
     pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
     while nheads_k * group * pairs > PAIRS and nheads_k * group > 1:
         nheads_k, group = (nheads_k, group // 2) if group > 1 else (nheads_k - 1, 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from ahead_of_time import (
     Compiled,
-    barriers_of_shared_rings,
     compile_launch,
     disassemble,
     exponentials_between,
@@ -27,9 +28,9 @@ from fap_kernels.target import SM_80, SM_90
 # Bytes a thread that a row may spill, stores and loads together: what the assemblers of Triton 3.6 to 3.9
 # were seen to spill, and a margin. One warpgroup spills nothing, and two hardly more. Three, with 160
 # registers a thread, spill 288 with Triton 3.6, where they were measured, outside the loop without a mask,
-# and up to 2.7 KB with 3.9, inside it too. With softcap and ALiBi, Triton 3.6 spills 68 and 3.9 up to 2.1 KB.
+# and up to 2.7 KB with 3.9, inside it too. With softcap and ALiBi, Triton 3.6 spills 68 and 3.9 up to 2.3 KB.
 SPILLS = {1: 0, 2: 384, 3: 3072}
-SPILLS_OF_DECORATED = {1: 320, 2: 2304}
+SPILLS_OF_DECORATED = {1: 320, 2: 2432}
 PROCESSORS = 1  # so that programs have more than one tile
 
 
@@ -39,14 +40,15 @@ def gluon_is_here() -> bool:
 
 def describe(
     head_dim: int = 128, seqlen_k: int = 256, packed: bool = False, dtype: torch.dtype = torch.bfloat16,
-    alibi: bool = False, seqlen_q: int = 256, **options: Any,
+    alibi: bool = False, seqlen_q: int = 256, seqused: bool = False, **options: Any,
 ) -> tuple[AttentionProblem, tuple[torch.Tensor, ...], torch.Tensor | None, Packing | None]:  # fmt: skip
     q, k, v = (torch.empty(1, n, 4, head_dim, dtype=dtype) for n in (seqlen_q, seqlen_k, seqlen_k))
     slopes = torch.ones(4) if alibi else None
     packing = None
     if packed:
         bounds = torch.zeros(3, dtype=torch.int32)
-        packing = Packing.describe(q[0], k[0], bounds, bounds, seqlen_q, seqlen_k)
+        used = {"seqused_q": bounds[:2], "seqused_k": bounds[:2]} if seqused else {}
+        packing = Packing.describe(q[0], k[0], bounds, bounds, seqlen_q, seqlen_k, **used)
     tensors = (x[0] if packed else x for x in (q, k, v))
     problem = AttentionProblem.describe(*tensors, alibi_slopes=slopes, packing=packing, **options)
     return problem, (q, k, v), slopes, packing
@@ -114,6 +116,48 @@ def test_a_row_compiles_within_its_bounds(row: HopperRow, call: dict[str, Any]) 
     assert "cp.async.bulk.tensor" in forward.assembly
     assert not forward.warnings, "ptxas serialises the products, or takes registers from a partition"
     assert not left_unset(forward), "a path leaves a register unset that is read later"
+    assert not written_while_it_leaves(disassemble(forward)), "not all warps know that an output has left"
+    check_barriers(row.config, forward)
+
+
+@needs_gluon
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_nothing_else_is_as_large_as_the_barriers(head_dim: int) -> None:
+    """What is handed to partitions, and announcements, take shared memory too."""
+    options = {"softcap": 30.0, "alibi": True, "window_size": (90, 5), "packed": True, "seqused": True}
+    program = {"persistent": True, "tickets": True, "optimistic": False}
+    for warpgroups in (1, 2, 3) if head_dim == 64 else (2,):
+        config = HopperConfig(head_dim, warpgroups, 64 if head_dim == 256 else 128, 2, **program)
+        check_barriers(config, compile_forward(config=config, head_dim=head_dim, **options))
+
+
+def written_while_it_leaves(code: list[str]) -> list[str]:
+    """Stores to shared memory behind a wait for what leaves it, which one thread did, and no meeting."""
+    kinds = {"DEPBAR.LE SB": "wait", "BAR.SYNC": "meeting", "STSM": "store"}
+    found = [(kind, line) for line in code for text, kind in kinds.items() if text in line]
+    return [line for (before, _), (kind, line) in pairwise(found) if (before, kind) == ("wait", "store")]
+
+
+def check_barriers(config: HopperConfig, forward: Compiled) -> None:
+    """The barriers of the rings lie where assembly has them, and warps do not meet there."""
+    row = 2 * config.width
+    queries = 64 * config.warpgroups * row
+    slots = config.warpgroups * (2 if config.overlap_tiles or config.queries_ahead else 1)
+    staging = queries if config.overlap_tiles else queries // config.out_parts if config.out_parts else 0
+    first = 2 * config.stages * config.block_n * row + slots * 64 * row + staging
+    counts = (config.stages, config.stages, slots)
+    barriers = [
+        {first + 128 * ring + 64 * kind + 8 * slot for ring in range(3) for slot in range(counts[ring])}
+        for kind in range(2)
+    ]
+    set_up = places(forward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
+    assert barriers[0] | barriers[1] <= set(set_up), "they lie elsewhere"
+    waited_for = {int(place) for place in re.findall(r"\[barrier \+ (\d+)\], %", forward.assembly)}
+    assert waited_for == {first, first + 128, first + 256}
+    # Keys and values that two programs share are given back to the one that fetches them.
+    given_back = {int(place) for place in re.findall(r"_, \[barrier \+ (\d+)\]", forward.assembly)}
+    by_warps = {first + 320} if config.cluster else {first + 64, first + 192, first + 320}
+    assert given_back == by_warps
 
 
 @needs_gluon
@@ -163,11 +207,8 @@ def test_what_a_cluster_addresses_is_where_its_assembly_has_it(head_dim: int, ca
     forward = compile_forward(**call)
     row = 2 * config.width
     queries = 2 * config.stages * config.block_n * row
-    first = queries + 128 * row + 128 * row // config.out_parts
     # The queries come behind all tiles of keys and values, which so begin where shared memory does.
     assert places(forward, r"complete_tx::bytes \[(%r\d+)\]")[0] == queries
-    found = places(forward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
-    assert barriers_of_shared_rings(first, config.stages) <= set(found)
     assert not unknown_maps(forward)
     assert "multicast::cluster" in forward.assembly
 
@@ -176,8 +217,9 @@ def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
     assert HopperConfig(64, 2, 64, 2).maxnreg is None
     assert HopperConfig(64, 1, 64, 2, beside=3).maxnreg == 80
     assert HopperConfig(64, 1, 64, 2, beside=2).maxnreg == 128
-    with pytest.raises(ValueError, match="stages must be at least 2, got 1"):
-        HopperConfig(64, 1, 64, 1)
+    for stages in (1, 9):
+        with pytest.raises(ValueError, match=f"stages must be 2 to 8, got {stages}"):
+            HopperConfig(64, 1, 64, stages)
     with pytest.raises(ValueError, match="no registers"):
         HopperConfig(64, 2, 64, 2, beside=2)
 
@@ -232,7 +274,7 @@ def test_programs_of_a_cluster_come_in_pairs(processors: int, programs: int) -> 
 
 
 @needs_gluon
-def test_a_triton_that_is_not_known_forms_no_clusters(
+def test_of_a_triton_that_is_not_known_no_places_are_taken_for_granted(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from fap_kernels.hopper import conditions
@@ -241,15 +283,18 @@ def test_a_triton_that_is_not_known_forms_no_clusters(
     problem, (q, k, v), *_ = describe(seqlen_q=1100, seqlen_k=4096)
     lse = torch.empty(1, 4, q.shape[1])
     monkeypatch.setattr(conditions, "_triton", lambda: (3, 10))
-    conditions.clusters_are_known.cache_clear()
+    conditions.places_are_known.cache_clear()
     try:
         for _ in range(2):
             (forward, _), _ = plan_hopper_forward(problem, 132, q, k, v, torch.empty_like(q), lse, None)
             assert (forward.programs, forward.cluster, forward.arguments["items"]) == (36, 1, 36)
             assert not forward.arguments["CLUSTER"]
+            assert not forward.arguments["ASSEMBLED"]
+        assert "[barrier + " not in compile_launch(forward, "sm_90").assembly
     finally:
-        conditions.clusters_are_known.cache_clear()
+        conditions.places_are_known.cache_clear()
     (record,) = caplog.records
+    assert "programs form no clusters, and warps meet where they wait" in record.getMessage()
     assert "where Triton 3.10 puts what they share is not known" in record.getMessage()
 
 

@@ -118,6 +118,15 @@ def test_clusters_take_one_item_after_the_other(
     check(q, k, v, **options)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_of_a_triton_that_is_not_known(head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warps wait by Gluon's own operations, and form no clusters."""
+    monkeypatch.setattr("fap_kernels.hopper.launch.places_are_known", lambda: False)
+    monkeypatch.setattr("fap_kernels.attention._forward_replays", Replays())
+    check(*draw(1, 1500, 4300, 4, 2, head_dim), causal=causal)
+
+
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("factor", [2.0, 10.0, 40.0, 300.0])

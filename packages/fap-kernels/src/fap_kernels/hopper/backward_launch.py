@@ -9,7 +9,7 @@ import torch
 from ..backward.config import DELTA, ROW_PADDING
 from ..backward.launch import plan_delta
 from ..launch import Launch, packing_arguments, score_arguments, strides_of, tiles_of
-from .conditions import clusters_are_known
+from .conditions import places_are_known
 from .config import BACKWARD, LIFT, WARPGROUP_ROWS, BackwardConfig, choose
 from .launch import heads_beside, tile_descriptor
 from .query_grads import hopper_query_grads_kernel
@@ -222,7 +222,7 @@ def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
 
 def _in_clusters(problem: AttentionProblem, config: BackwardConfig, additions: torch.Tensor | None) -> bool:
     """Whether programs share the queries that they sweep, as the configuration prefers."""
-    return config.cluster and additions is None and not problem.packed and clusters_are_known()
+    return config.cluster and additions is None and not problem.packed and places_are_known()
 
 
 def _lift(problem: AttentionProblem, config: BackwardConfig) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..target import Target
     from .config import HopperRow
 
-__all__ = ["backward_reasons_against", "clusters_are_known", "forward_reasons_against"]
+__all__ = ["backward_reasons_against", "forward_reasons_against", "places_are_known"]
 
 _logger = logging.getLogger("fap_kernels")
 
@@ -96,15 +96,18 @@ def _gluon_is_here() -> bool:
 
 
 @cache
-def clusters_are_known() -> bool:
-    """Whether this version of Triton is one of which :mod:`fap_kernels.hopper.cluster` knows enough.
+def places_are_known() -> bool:
+    """Whether this version of Triton is one of which it is known where shared memory and tensor maps lie.
 
-    Where not, a log line says so, once, and programs run without: each fetches all that it reads.
+    That is what :mod:`fap_kernels.hopper.cluster` and :mod:`fap_kernels.hopper.mbarriers` rely on. Where not,
+    a log line says so, once: programs fetch all that they read, and the warps of a warpgroup meet more often.
     """
     known = (3, 6) <= _triton() <= (3, 9)
     if not known:
         _logger.warning(
-            "programs form no clusters: where Triton %d.%d puts what they share is not known", *_triton()
+            "programs form no clusters, and warps meet where they wait, which is slower: where Triton %d.%d "
+            "puts what they share is not known",
+            *_triton(),
         )
     return known
 

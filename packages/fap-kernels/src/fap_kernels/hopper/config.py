@@ -95,9 +95,10 @@ class HopperConfig:
     cluster: bool = False
 
     def __post_init__(self) -> None:
-        if self.stages < 2:
+        if not 2 <= self.stages <= 8:
             raise ValueError(
-                f"stages must be at least 2, got {self.stages}: the warpgroups would wait forever"
+                f"stages must be 2 to 8, got {self.stages}: with one the warpgroups would wait forever, "
+                "and there are no barriers for more"
             )
         if self.out_parts not in (0, 1, 2):
             raise ValueError(f"out_parts must be 0, 1 or 2, got {self.out_parts}")

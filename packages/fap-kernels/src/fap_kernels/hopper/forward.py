@@ -40,7 +40,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -48,7 +47,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import announcements, cluster, hiding, pairs, ring, softmax, turns, work
+from . import announcements, cluster, hiding, mbarriers, pairs, ring, softmax, turns, work
+from .mbarriers import KEYS, QUERIES, VALUES
 
 ROWS = softmax.ROWS
 KERNEL = gl.constexpr("hopper_forward_kernel")
@@ -64,7 +64,9 @@ class Operands(NamedTuple):
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
         k_shared, v_shared: where two programs share ``k_ring`` and ``v_ring``, else None.
-        staging: shared memory through which the output leaves, a tile, or half of one, for each warpgroup.
+        assembled: True where warps wait for the rings and give back to them by assembly, else None.
+        staging: shared memory through which the output leaves, a tile, or half of one, for each warpgroup;
+            None where it leaves through the place of its queries, which are no longer needed.
         out, lse, lse_rows: where the results go, ``out`` by descriptor, and how many rows of LSE a head has.
     """
 
@@ -77,6 +79,7 @@ class Operands(NamedTuple):
     v_ring: Any
     k_shared: Any
     v_shared: Any
+    assembled: Any
     staging: Any
     out: Any
     lse: Any
@@ -92,7 +95,7 @@ def hopper_forward_kernel(
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
     PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr, HOLD_QUERIES: gl.constexpr,
-    CLUSTER: gl.constexpr,
+    CLUSTER: gl.constexpr, ASSEMBLED: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
 
@@ -104,31 +107,34 @@ def hopper_forward_kernel(
         window_left, window_right, items, heads_beside, tickets, True if CLUSTER else None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    queries = ring.make_ring(q_part0, Q_STAGES * WARPGROUPS, 1)
+    barriers = mbarriers.make()
+    q_tiles = ring.make_tiles(q_part0, Q_STAGES * WARPGROUPS)
+    queries = ring.make_ring(q_tiles, barriers, QUERIES, Q_STAGES * WARPGROUPS, 1)
     k_shared, v_shared = None, None
     if CLUSTER:
-        keys, values = ring.make_shared_rings(k_part0, STAGES, WARPGROUPS)
+        room = ring.make_tiles(k_part0, 2 * STAGES)  # the values' behind the keys'
+        keys = ring.make_ring(room, barriers, KEYS, STAGES, 2 * WARPGROUPS)
+        values = ring.make_ring(room, barriers, VALUES, STAGES, 2 * WARPGROUPS)
+        cluster.publish_barriers()
         TILE: gl.constexpr = k_part0.block_type.nbytes
         OUT: gl.constexpr = WARPGROUPS * out_part0.block_type.nbytes if OUT_PARTS > 0 else 0
         BARRIERS: gl.constexpr = 2 * STAGES * TILE + Q_STAGES * WARPGROUPS * q_part0.block_type.nbytes + OUT
-        k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + cluster.EMPTY, 0)
-        SECOND: gl.constexpr = BARRIERS + cluster.BARRIERS[0]
-        v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + cluster.EMPTY, 1)
+        k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + mbarriers.KIND, 0)
+        SECOND: gl.constexpr = BARRIERS + mbarriers.RING
+        v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + mbarriers.KIND, 1)
     else:
-        keys = ring.make_ring(k_part0, STAGES, WARPGROUPS)
-        values = ring.make_ring(v_part0, STAGES, WARPGROUPS)
-    staging = queries.tiles  # no longer needed once a tile's output is there
+        keys = ring.make_ring(ring.make_tiles(k_part0, STAGES), barriers, KEYS, STAGES, WARPGROUPS)
+        values = ring.make_ring(ring.make_tiles(v_part0, STAGES), barriers, VALUES, STAGES, WARPGROUPS)
+    staging = None
     if OVERLAP_TILES or OUT_PARTS > 0:
-        staging = gl.allocate_shared_memory(
-            out_part0.dtype, [WARPGROUPS] + out_part0.block_shape, out_part0.layout
-        )
+        staging = ring.make_tiles(out_part0, WARPGROUPS)
     board = None
     if cu_seqlens_q is not None or tickets is not None:
         board = announcements.make_board(WARPGROUPS)
     fence_async_shared()
     operands = Operands(
-        call, score, board, alibi_stride, queries, keys, values, k_shared, v_shared, staging, out_part0, lse,
-        lse_rows,
+        call, score, board, alibi_stride, queries, keys, values, k_shared, v_shared,
+        True if ASSEMBLED else None, staging, out_part0, lse, lse_rows,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0)
     # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
@@ -290,17 +296,16 @@ def _multiply(
                 # By now the output of the tile before has left the slot of its queries.
                 tma.store_wait(0)
                 before = (count + 1) % 2 * WARPGROUPS + WARPGROUP
-                mbarrier.arrive(operands.q_ring.empty.index(before), pred=count > 0)
+                mbarriers.give_back(operands, QUERIES, before, pred=count > 0)
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
             q_slot, weights, row_max, sums, operands, stage, phase,
             tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES,
             AHEAD, OUT_PARTS, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
-        if OUT_PARTS > 0 and not HOLD_QUERIES:
-            mbarrier.arrive(operands.q_ring.empty.index(q_slot), pred=sweep.count <= 1)
-        elif AHEAD and not HOLD_QUERIES:
-            mbarrier.arrive(operands.q_ring.empty.index(q_slot))
+        if AHEAD:
+            IN_SWEEP: gl.constexpr = HOLD_QUERIES or OUT_PARTS > 0
+            mbarriers.give_back(operands, QUERIES, q_slot, pred=sweep.count <= 1 if IN_SWEEP else True)
         count += 1
         turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
         q_slot = count % Q_STAGES * WARPGROUPS + WARPGROUP
@@ -310,19 +315,20 @@ def _multiply(
             sweep, stage, phase = _own_sweep(
                 operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
             )
-            q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
+            q = _queries(operands, q_slot, q_phase, there, WIDTH)
+            mbarriers.wait(operands, KEYS, stage, phase, pred=there)
             p = pairs.matrix(weights, operands.v_ring, acc)
             if TURNS:
                 turns.take_turn(WARPGROUP)
-            s = _multiply_keys(q, operands, stage, phase, there, BLOCK_N, WIDTH, S)
+            s = _multiply_keys(q, operands, stage, BLOCK_N, WIDTH, S)
             acc = _multiply_values(p, acc, operands, v_stage, v_phase, BLOCK_N, WIDTH)
             if TURNS:
                 turns.pass_turn(WARPGROUP, WARPGROUPS)
             s = warpgroup_mma_wait(1, [s])
-            ring.give_back(operands.k_ring, operands.k_shared, stage, there)
+            mbarriers.give_back(operands, KEYS, stage, there)
             weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
             # Waited for already: the branch alone keeps the assembler from moving the next wait up.
-            mbarrier.wait(operands.v_ring.full.index(v_stage), v_phase)
+            mbarriers.wait(operands, VALUES, v_stage, v_phase)
             acc, p = warpgroup_mma_wait(0, [acc, p])
             weights = pairs.rounded(weights, operands.v_ring)
         else:
@@ -331,12 +337,12 @@ def _multiply(
             acc, p = warpgroup_mma_wait(0, [acc, p])
         # The output before must have left the staging tile, and all warps must know it: Triton has them meet.
         tma.store_wait(0)
-        ring.give_back(operands.v_ring, operands.v_shared, v_stage)
+        mbarriers.give_back(operands, VALUES, v_stage)
 
         out = _finish(operands, done, WARPGROUP, acc, done_max, done_sums, OPTIMISTIC)
         if OUT_PARTS > 0:
             # S = Q K^T of the next tile's first keys runs beside this one's last way to memory.
-            place = operands.staging.index(WARPGROUP)
+            place = _way_out(operands, WARPGROUP, done_slot)
             if OUT_PARTS == 2:
                 first, out = gl.split(out.reshape([ROWS, 2, WIDTH // 2]).permute([0, 2, 1]))
                 _drain(operands, done, WARPGROUP, first, place, 0)
@@ -349,11 +355,10 @@ def _multiply(
             _drain(operands, done, WARPGROUP, out, place, WIDTH - WIDTH // OUT_PARTS)
             weights, row_max, sums = _weigh_begun(s, operands, tile, there, WARPGROUP, sweep, stage)
         else:
-            place = operands.staging.index(WARPGROUP if OVERLAP_TILES else done_slot)
-            _drain(operands, done, WARPGROUP, out, place, 0)
+            _drain(operands, done, WARPGROUP, out, _way_out(operands, WARPGROUP, done_slot), 0)
             if Q_STAGES == 1:
                 tma.store_wait(0)
-                mbarrier.arrive(operands.q_ring.empty.index(done_slot))
+                mbarriers.give_back(operands, QUERIES, done_slot)
     tma.store_wait(0)
     _meet(operands)
 
@@ -383,20 +388,20 @@ def _own_sweep(
                 turns.take_turn(WARPGROUP)
                 turns.pass_turn(WARPGROUP, WARPGROUPS)
             # To give a stage back before it is filled would be taken for giving back what it held before.
-            mbarrier.wait(operands.k_ring.full.index(stage), phase)
-            ring.give_back(operands.k_ring, operands.k_shared, stage)
-            mbarrier.wait(operands.v_ring.full.index(stage), phase)
-            ring.give_back(operands.v_ring, operands.v_shared, stage)
+            mbarriers.wait(operands, KEYS, stage, phase)
+            mbarriers.give_back(operands, KEYS, stage)
+            mbarriers.wait(operands, VALUES, stage, phase)
+            mbarriers.give_back(operands, VALUES, stage)
             stage, phase = ring.advance(stage, phase, STAGES)
         sweep = work.Sweep(sweep.top - above * BLOCK_N, sweep.count - above)
     return sweep, stage, phase
 
 
 @gluon.jit
-def _queries(queries, slot, phase, there, WIDTH: gl.constexpr):
+def _queries(operands, slot, phase, there, WIDTH: gl.constexpr):
     """The warpgroup's queries, once they have arrived."""
-    mbarrier.wait(queries.full.index(slot), phase, pred=there)
-    return ring.matrix(queries.tiles.index(slot), ROWS, WIDTH)
+    mbarriers.wait(operands, QUERIES, slot, phase, pred=there)
+    return ring.matrix(operands.q_ring.tiles.index(slot), ROWS, WIDTH)
 
 
 @gluon.jit
@@ -415,10 +420,8 @@ def _queries_again(queries, slot, held, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _multiply_keys(q, operands, stage, phase, there, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr,
-                   LAYOUT: gl.constexpr):  # fmt: skip
-    """Start ``S = Q K^T`` with the keys of a stage, once they have arrived."""
-    mbarrier.wait(operands.k_ring.full.index(stage), phase, pred=there)
+def _multiply_keys(q, operands, stage, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start ``S = Q K^T`` with the keys of a stage, which have arrived."""
     k = ring.matrix(ring.tile(operands.k_ring, operands.k_shared, stage), BLOCK_N, WIDTH).permute([1, 0])
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
@@ -427,7 +430,7 @@ def _multiply_keys(q, operands, stage, phase, there, BLOCK_N: gl.constexpr, WIDT
 @gluon.jit
 def _multiply_values(p, acc, operands, stage, phase, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr):
     """Start ``O += P V`` with the values of a stage, once they have arrived."""
-    mbarrier.wait(operands.v_ring.full.index(stage), phase)
+    mbarriers.wait(operands, VALUES, stage, phase)
     v = ring.matrix(ring.tile(operands.v_ring, operands.v_shared, stage), BLOCK_N, WIDTH)
     return warpgroup_mma(p, v, acc, is_async=True)
 
@@ -459,8 +462,9 @@ def _begin(
     sweep, stage, phase = _own_sweep(
         operands, tile, there, WARPGROUP, stage, phase, BLOCK_N, STAGES, WARPGROUPS, TURNS
     )
-    q = _queries(operands.q_ring, q_slot, q_phase, there, WIDTH)
-    s = _multiply_keys(q, operands, stage, phase, there, BLOCK_N, WIDTH, LAYOUT)
+    q = _queries(operands, q_slot, q_phase, there, WIDTH)
+    mbarriers.wait(operands, KEYS, stage, phase, pred=there)
+    s = _multiply_keys(q, operands, stage, BLOCK_N, WIDTH, LAYOUT)
     return s, sweep, stage, phase
 
 
@@ -468,7 +472,7 @@ def _begin(
 def _weigh_begun(s, operands, tile, there, WARPGROUP: gl.constexpr, sweep, stage):
     """Wait for a query tile's first scores, give their keys back, and weigh them."""
     s = warpgroup_mma_wait(0, [s])
-    ring.give_back(operands.k_ring, operands.k_shared, stage, there)
+    mbarriers.give_back(operands, KEYS, stage, there)
     weights, row_max, sums = _weigh_first(s, operands, tile, WARPGROUP, sweep)
     return pairs.rounded(weights, operands.v_ring), row_max, sums
 
@@ -492,43 +496,43 @@ def _sweep(
 ):  # fmt: skip
     """All steps after the first, whose ``weights`` wait for their values.
 
-    With ``AHEAD`` the queries' place is given back for the next tile's: at once where they are held, after
-    their last scores where the output leaves elsewhere; but where the first step is the last one, or tiles
-    overlap, that is left to the caller.
+    With ``AHEAD`` the queries' place is given back for the next tile's: where they are held, once a product
+    has taken them from registers; where the output leaves elsewhere, after their last scores. Where the first
+    step is the last one, or tiles overlap and queries are not held, that is left to the caller.
     """
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
     call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
     phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
     v_stage, v_phase = stage, phase
     stage, phase = ring.advance(stage, phase, STAGES)
+    mbarriers.wait(operands, KEYS, stage, phase, pred=sweep.count > 1)
     held = None
     if HOLD_QUERIES:
         LEFT: gl.constexpr = gl.DotOperandLayout(0, row_max.type.layout.parent, 2)
         held = ring.matrix(operands.q_ring.tiles.index(q_slot), ROWS, WIDTH).load(LEFT)
-        if AHEAD:
-            mbarrier.arrive(operands.q_ring.empty.index(q_slot))
-    last_slot = None
-    if OUT_PARTS > 0 and not HOLD_QUERIES:
-        last_slot = q_slot
+    # A load that has begun may come to shared memory after the next queries, if these are asked for at once.
+    q_done, done_step = None, 1
+    if AHEAD and (HOLD_QUERIES or OUT_PARTS > 0):
+        q_done, done_step = q_slot, 1 if HOLD_QUERIES else sweep.count - 1
     # Without a bound the first step, which has its mask, settles all rows.
     if call.window_left is not None or call.window_right is not None:
         q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
         for step in range(1, phases.settled):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
     q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
     for step in range(phases.settled, phases.unmasked_end):
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
-            q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+            q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
             tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
         )  # fmt: skip
     if call.window_left is not None:
         q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
         for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
-                q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+                q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
     return acc, weights, row_max, sums, stage, phase, v_stage, v_phase
@@ -536,24 +540,28 @@ def _sweep(
 
 @gluon.jit
 def _step(
-    q, last_slot, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
+    q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
     tile, WARPGROUP: gl.constexpr, sweep, step,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, OPTIMISTIC: gl.constexpr,
 ):  # fmt: skip
-    """Multiply the step's keys beside the values of the step before, and weigh the one beside the other."""
+    """Multiply the step's keys beside the values of the step before, and weigh the one beside the other.
+
+    The keys have been waited for, and those of the next step are at the end. Behind the scores of step
+    ``done_step``, the queries' slot ``q_done`` is given back; None is none.
+    """
     S: gl.constexpr = row_max.type.layout.parent
     p = pairs.matrix(weights, operands.v_ring, acc)
     if TURNS:
         turns.take_turn(WARPGROUP)
-    s = _multiply_keys(q, operands, stage, phase, True, BLOCK_N, WIDTH, S)
+    s = _multiply_keys(q, operands, stage, BLOCK_N, WIDTH, S)
     acc = _multiply_values(p, acc, operands, v_stage, v_phase, BLOCK_N, WIDTH)
     if TURNS:
         turns.pass_turn(WARPGROUP, WARPGROUPS)
     s = warpgroup_mma_wait(1, [s])
-    ring.give_back(operands.k_ring, operands.k_shared, stage)
-    if last_slot is not None:
-        mbarrier.arrive(operands.q_ring.empty.index(last_slot), pred=step + 1 == sweep.count)
+    mbarriers.give_back(operands, KEYS, stage)
+    if q_done is not None:
+        mbarriers.give_back(operands, QUERIES, q_done, pred=step == done_step)
     x = _logits(s, operands, tile, WARPGROUP, sweep.top - step * BLOCK_N, MASKED)
     if OPTIMISTIC:
         weights, sums = softmax.optimistic_step(x, scores.unit(operands.score), row_max, sums)
@@ -562,9 +570,9 @@ def _step(
     next_stage, next_phase = ring.advance(stage, phase, STAGES)
     # The next step's keys are waited for here, since the branch keeps the assembler from moving the wait for
     # O above the exponentials.
-    mbarrier.wait(operands.k_ring.full.index(next_stage), next_phase, pred=step + 1 < sweep.count)
+    mbarriers.wait(operands, KEYS, next_stage, next_phase, pred=step + 1 < sweep.count)
     acc, p = warpgroup_mma_wait(0, [acc, p])
-    ring.give_back(operands.v_ring, operands.v_shared, v_stage)
+    mbarriers.give_back(operands, VALUES, v_stage)
     if not OPTIMISTIC:
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
     weights = pairs.rounded(weights, operands.v_ring)
@@ -584,6 +592,15 @@ def _finish(operands, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, OPTIMIS
     gl.store(entry + row, row_lse, mask=row < tile.seqlen_q)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
     return acc.to(operands.out.dtype)
+
+
+@gluon.jit
+def _way_out(operands, WARPGROUP: gl.constexpr, slot):
+    """Where the output leaves through: staging memory, or the place of its queries, in ``slot``."""
+    if operands.staging is None:
+        return operands.q_ring.tiles.index(slot)
+    else:
+        return operands.staging.index(WARPGROUP)
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ from ..launch import (
     strides_of,
     tiles_of,
 )
-from .conditions import clusters_are_known
+from .conditions import places_are_known
 from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
 from .tickets import hopper_tickets_kernel
@@ -54,7 +54,7 @@ def plan_hopper_forward(
     config = config or choose(FORWARD, problem).config
     if config is None:
         raise LookupError(f"the table hands {problem} to the portable kernel")
-    if config.cluster and not clusters_are_known():
+    if config.cluster and not places_are_known():
         config = replace(config, cluster=False)
     common = _common_arguments(problem, softmax_lse, alibi_slopes, packing)
     block_m = WARPGROUP_ROWS * config.warpgroups
@@ -103,6 +103,7 @@ def plan_hopper_forward(
             "TURNS": config.turns,
             "HOLD_QUERIES": config.hold_queries,
             "CLUSTER": config.cluster,
+            "ASSEMBLED": places_are_known(),
         },
         num_warps=4,
         maxnreg=config.maxnreg,

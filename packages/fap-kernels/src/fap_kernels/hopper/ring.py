@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..language.rows import WRAPPING_ROWS
-from . import cluster
+from . import cluster, mbarriers
 from .compat import reinterpret, tma_load, tma_store
 
 
@@ -28,24 +28,20 @@ class Ring(NamedTuple):
 
 
 @gluon.jit
-def make_ring(like, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """A ring of ``STAGES`` empty tiles of the descriptor ``like``, each read by ``READERS`` warpgroups."""
-    tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
-    full, empty = make_barriers(STAGES, READERS)
-    return Ring(tiles, full, empty)
+def make_tiles(like, COUNT: gl.constexpr):
+    """Room for ``COUNT`` tiles of the descriptor ``like``."""
+    return gl.allocate_shared_memory(like.dtype, [COUNT] + like.block_shape, like.layout)
 
 
 @gluon.jit
-def make_shared_rings(like, STAGES: gl.constexpr, READERS: gl.constexpr):
-    """Two rings for :mod:`fap_kernels.hopper.cluster`, of equal tiles, read by ``READERS`` warpgroups each.
+def make_ring(tiles, barriers, WHICH: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of ``STAGES`` empty ones of these tiles, each read by ``READERS`` warpgroups.
 
-    Their tiles are one allocation, the first ring's first.
+    Args:
+        barriers, WHICH: all rings' barriers, and which ring this is, of :mod:`fap_kernels.hopper.mbarriers`.
     """
-    tiles = gl.allocate_shared_memory(like.dtype, [2 * STAGES] + like.block_shape, like.layout)
-    # Each warp of two programs gives back by itself.
-    full0, empty0 = make_shared_barriers(0, STAGES, 2 * 4 * READERS)
-    full1, empty1 = make_shared_barriers(1, STAGES, 2 * 4 * READERS)
-    return Ring(tiles, full0, empty0), Ring(tiles, full1, empty1)
+    full, empty = mbarriers.of_ring(barriers, WHICH, STAGES, READERS)
+    return Ring(tiles, full, empty)
 
 
 @gluon.jit
@@ -114,19 +110,6 @@ def tile(ring, shared, stage):
         return ring.tiles.index(shared.first + stage)
 
 
-@gluon.jit
-def give_back(ring, shared, stage, pred=True):
-    """Let the tile of a stage be filled again, as far as this warpgroup is concerned.
-
-    Where two programs share the ring, all warps of the warpgroup give back what they have used, without
-    waiting for each other.
-    """
-    if shared is None:
-        mbarrier.arrive(ring.empty.index(stage), pred=pred)
-    else:
-        cluster.give_back(shared, stage, pred)
-
-
 class NumberedTiles(NamedTuple):
     """Tiles of rows beside a number for each row; they are given back by other means, so without ``empty``.
 
@@ -143,7 +126,7 @@ class NumberedTiles(NamedTuple):
 @gluon.jit
 def make_numbered_tiles(like, vector, STAGES: gl.constexpr):
     """Room for ``STAGES`` blocks of the descriptor ``like``, and of the descriptor ``vector``."""
-    tiles = gl.allocate_shared_memory(like.dtype, [STAGES] + like.block_shape, like.layout)
+    tiles = make_tiles(like, STAGES)
     numbers = gl.allocate_shared_memory(vector.dtype, [STAGES] + vector.block_shape, vector.layout)
     return NumberedTiles(tiles, numbers, make_full(STAGES))
 

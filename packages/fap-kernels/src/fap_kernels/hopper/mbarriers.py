@@ -1,0 +1,156 @@
+"""Barriers of the forward's rings, at which each warp of a warpgroup waits and arrives by itself.
+
+With Gluon's own operations the four warps of a warpgroup meet before each arrival, and between two waits for
+barriers of one allocation: up to five times in a step, each for as long as the slowest of them takes. Nothing
+asks for it. A product is over for a warp when it has waited for it, and to wait changes nothing. So here is
+assembly, and a stage is free once every warp has given it back, not every warpgroup.
+
+Assembly has to know where the barriers lie. Triton lays out shared memory by size, the largest allocation
+first. So all barriers of the rings are one allocation, smaller than any tile and larger than whatever else
+there may be, and lie behind all tiles; ``tests/test_hopper.py`` looks for them in what each version of Triton
+makes of each row. Where a version is not known, these are Gluon's operations after all
+(:func:`fap_kernels.hopper.conditions.places_are_known`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unwrap
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from . import cluster
+from .compat import assemble, reinterpret
+
+__all__ = ["KEYS", "KIND", "QUERIES", "RING", "VALUES", "give_back", "make", "of_ring", "wait"]
+
+KEYS = gl.constexpr(0)
+VALUES = gl.constexpr(1)
+QUERIES = gl.constexpr(2)
+"""The rings, in the order of their barriers."""
+
+SLOTS = gl.constexpr(8)
+"""At most, of a ring: so many barriers of each kind there are."""
+
+KIND = gl.constexpr(8 * SLOTS.value)
+"""Bytes of the barriers of a ring's filled slots, behind which come those of its empty ones."""
+
+RING = gl.constexpr(2 * KIND.value)
+"""Bytes of a ring's barriers."""
+
+WARPS = gl.constexpr(4)
+"""Of a warpgroup."""
+
+ALL = gl.constexpr(12)
+"""Rows of barriers that are set aside, six of which are used: 768 bytes, to be the largest but for tiles."""
+
+
+@gluon.jit
+def make():
+    """Room for the barriers of all rings."""
+    SINGLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int64, [ALL, SLOTS], SINGLE)
+
+
+@gluon.jit
+def of_ring(barriers, WHICH: gl.constexpr, COUNT: gl.constexpr, READERS: gl.constexpr):
+    """``full`` and ``empty`` of a ring of ``COUNT`` slots, each read by so many warpgroups."""
+    gl.static_assert(COUNT <= SLOTS, "there are no more barriers")
+    full = reinterpret(barriers.index(2 * WHICH), gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = reinterpret(barriers.index(2 * WHICH + 1), gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(COUNT):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=WARPS * READERS)
+    return full, empty
+
+
+@builtin
+def wait(operands: Any, which: Any, slot: Any, phase: Any, pred: Any = True, _semantic: Any = None) -> None:
+    """Wait until a slot of a ring is filled, unless ``pred`` says that it is not waited for; for each warp.
+
+    Args:
+        operands: the :class:`fap_kernels.hopper.forward.Operands`.
+        which: the ring, ``KEYS``, ``VALUES`` or ``QUERIES``.
+        phase: of the slot's barrier.
+    """
+    which = unwrap(which)
+    if unwrap(operands.assembled) is None:
+        full = _ring_of(operands, which).full.index(slot, _semantic=_semantic)
+        mbarrier.wait(full, phase, pred=pred, _semantic=_semantic)
+        return
+    numbers, unless = [slot, phase], ""
+    if unwrap(pred) is not True:
+        numbers.append(_semantic.cast(_semantic.to_tensor(unwrap(pred)), gl.int32))
+        unless = "setp.eq.s32 over, $3, 0; @over bra.uni done;"
+    text = f"""{{
+        .reg .pred over;
+        .reg .u32 barrier;
+        {unless}
+        mov.u32 barrier, global_smem;
+        mad.lo.u32 barrier, $1, 8, barrier;
+        again:
+        mbarrier.try_wait.parity.shared.b64 over, [barrier + {_place_of(operands, which)}], $2;
+        @!over bra.uni again;
+        done:
+        mov.u32 $0, 0;
+    }}"""
+    assemble(text, numbers, _semantic)
+
+
+@builtin
+def give_back(operands: Any, which: Any, slot: Any, pred: Any = True, _semantic: Any = None) -> None:
+    """Let a slot be filled again, as far as this warp is concerned; all four of a warpgroup must.
+
+    The warp has waited for whatever read the slot. Where two programs share the ring, it tells the one that
+    fetches.
+
+    Args:
+        operands, which: as for :func:`wait`.
+        pred: whether it is given back.
+    """
+    which = unwrap(which)
+    shared = unwrap((operands.k_shared, operands.v_shared, None)[which])
+    if shared is not None:
+        cluster.give_back(shared, slot, pred, _semantic=_semantic)
+        return
+    if unwrap(operands.assembled) is None:
+        empty = _ring_of(operands, which).empty.index(slot, _semantic=_semantic)
+        mbarrier.arrive(empty, count=WARPS.value, pred=pred, _semantic=_semantic)
+        return
+    numbers, unless = [slot], ""
+    if unwrap(pred) is not True:
+        numbers.append(_semantic.cast(_semantic.to_tensor(unwrap(pred)), gl.int32))
+        unless = "setp.ne.s32 wanted, $2, 0; and.pred elected, elected, wanted;"
+    text = f"""{{
+        .reg .pred elected, wanted;
+        .reg .u32 barrier;
+        elect.sync _|elected, -1;
+        {unless}
+        mov.u32 barrier, global_smem;
+        mad.lo.u32 barrier, $1, 8, barrier;
+        @elected mbarrier.arrive.shared.b64 _, [barrier + {_place_of(operands, which) + KIND.value}];
+        mov.u32 $0, 0;
+    }}"""
+    assemble(text, numbers, _semantic)
+
+
+def _ring_of(operands: Any, which: int) -> Any:
+    return (operands.k_ring, operands.v_ring, operands.q_ring)[which]
+
+
+def _place_of(operands: Any, which: int) -> int:
+    """Where a ring's barriers lie, in bytes from the start of shared memory: behind all tiles."""
+    tiles = [operands.k_ring.tiles, operands.q_ring.tiles]
+    if unwrap(operands.k_shared) is None:  # else the tiles of keys and of values are one allocation
+        tiles.append(operands.v_ring.tiles)
+    if unwrap(operands.staging) is not None:
+        tiles.append(operands.staging)
+    return sum(_bytes_of(memory) for memory in tiles) + which * RING.value
+
+
+def _bytes_of(memory: Any) -> int:
+    return math.prod(unwrap(side) for side in memory.type.shape) * memory.dtype.primitive_bitwidth // 8

@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..language import masks, rows, scores
+from ..language import grid, masks, rows, scores
 from ..launch import UNSPECIALIZED
 from . import announcements, cluster, hiding, mbarriers, pairs, ring, softmax, turns, work
 from .mbarriers import KEYS, QUERIES, VALUES
@@ -102,6 +102,8 @@ def hopper_forward_kernel(
     Grid: any number of programs; ``items`` are query tiles, or pairs of them if ``PAIRED``, and program p
     takes items p, p + programs, ... With ``CLUSTER`` two programs share an item of twice as many queries.
     """
+    if OPTIMISTIC:
+        grid.release_next()  # what looks for marked rows, and waits by itself until there may be some
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
         window_left, window_right, items, heads_beside, tickets, True if CLUSTER else None,
@@ -220,6 +222,8 @@ def _fetch(
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     q_stage, q_phase, stage, phase = 0, 0, 0, 0
     _meet(operands)
+    if call.tickets is not None and call.cu_seqlens_q is not None:
+        grid.wait_for_previous()  # where the first item may be no tile, the first tile takes a ticket
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
     count = 0
     while work.there_is(call, turn, PAIRED):
@@ -235,6 +239,8 @@ def _fetch(
         q_stage, q_phase = ring.advance(q_stage, q_phase, Q_STAGES)
         head_k = tile.head // call.group
         # To draw a ticket takes a microsecond: it is done while the rings are still full.
+        if call.tickets is not None:
+            grid.wait_for_previous()  # which sets the counter to 0
         turn = work.turn_after(call, turn)
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for step in range(sweep.count):

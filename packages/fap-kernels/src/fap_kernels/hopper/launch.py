@@ -106,6 +106,7 @@ def plan_hopper_forward(
             "ASSEMBLED": places_are_known(),
         },
         num_warps=4,
+        overlap=draw,
         maxnreg=config.maxnreg,
         cluster=cluster,
     )

@@ -40,9 +40,10 @@ def gluon_is_here() -> bool:
 
 def describe(
     head_dim: int = 128, seqlen_k: int = 256, packed: bool = False, dtype: torch.dtype = torch.bfloat16,
-    alibi: bool = False, seqlen_q: int = 256, seqused: bool = False, **options: Any,
+    alibi: bool = False, seqlen_q: int = 256, seqused: bool = False, nheads_k: int = 4, **options: Any,
 ) -> tuple[AttentionProblem, tuple[torch.Tensor, ...], torch.Tensor | None, Packing | None]:  # fmt: skip
-    q, k, v = (torch.empty(1, n, 4, head_dim, dtype=dtype) for n in (seqlen_q, seqlen_k, seqlen_k))
+    sizes = ((seqlen_q, 4), (seqlen_k, nheads_k), (seqlen_k, nheads_k))
+    q, k, v = (torch.empty(1, n, nheads, head_dim, dtype=dtype) for n, nheads in sizes)
     slopes = torch.ones(4) if alibi else None
     packing = None
     if packed:

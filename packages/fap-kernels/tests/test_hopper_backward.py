@@ -137,6 +137,21 @@ def test_programs_draw_key_tiles_where_there_are_more(deterministic: bool) -> No
     assert launches_of(processors=3, head_dim=128)[1].programs == 8, "these do not stay"
 
 
+@needs_gluon
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_grouped_heads_under_a_causal_mask_add_in_any_order(head_dim: int) -> None:
+    """Unless they are asked for the same bits on every run."""
+    call = {"head_dim": head_dim, "seqlen_q": 2048, "seqlen_k": 2048}
+    for options, ordered in (
+        ({"causal": True}, True),
+        ({"causal": True, "nheads_k": 2}, False),
+        ({"causal": True, "nheads_k": 2, "deterministic": True}, True),
+        ({"nheads_k": 2}, True),
+    ):
+        gradients = launches_of(**call, **options)[1]
+        assert (gradients.arguments["additions"] is not None) is ordered, options
+
+
 def test_the_table_has_no_other_configurations() -> None:
     configs = {row.config and replace(row.config, ordered=False) for row in BACKWARD}
     assert configs <= {None, *CONFIGS.values(), CLUSTERED_128}

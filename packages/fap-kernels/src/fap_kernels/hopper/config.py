@@ -52,7 +52,7 @@ class HopperConfig:
         warpgroups: how many of them multiply, 64 queries each; one, two or three.
         block_n: keys in a tile.
         stages: tiles of keys, and of values, that are fetched ahead; at least two, since a step waits for the
-            next one's keys before it gives its values back.
+            next one's keys before it gives its values back, and at most eight.
         persistent: one program a multiprocessor takes query tile after query tile. Otherwise a program takes
             one, and the hardware hands them out.
         paired: hand out pairs of a long and a short query tile, which under a causal mask all have the same

@@ -149,8 +149,9 @@ def _place_of(operands: Any, which: int) -> int:
         tiles.append(operands.v_ring.tiles)
     if unwrap(operands.staging) is not None:
         tiles.append(operands.staging)
-    return sum(_bytes_of(memory) for memory in tiles) + which * RING.value
+    return sum(_bytes_of(memory) for memory in tiles) + int(which * RING.value)
 
 
 def _bytes_of(memory: Any) -> int:
-    return math.prod(unwrap(side) for side in memory.type.shape) * memory.dtype.primitive_bitwidth // 8
+    sides = [int(unwrap(side)) for side in memory.type.shape]
+    return math.prod(sides) * int(memory.dtype.primitive_bitwidth) // 8

@@ -139,6 +139,21 @@ def written_while_it_leaves(code: list[str]) -> list[str]:
     return [line for (before, _), (kind, line) in pairwise(found) if (before, kind) == ("wait", "store")]
 
 
+def given_back_while_loaded(code: list[str], barriers: set[int]) -> list[str]:
+    """Arrivals at these barriers behind loads to registers, and no product that has taken what was loaded.
+
+    The assembler lets an arrival go before what was loaded has come, and the slot may be filled by then.
+    """
+    found, loading = [], False
+    for line in code:
+        if "LDSM" in line or "WARPGROUP.DEPBAR" in line:
+            loading = "LDSM" in line
+        place = re.search(r"SYNCS\.ARRIVE\S* \w+, \[U?R\d+\+(?:UR\d+\+)?0x([0-9a-f]+)\]", line)
+        if loading and place is not None and int(place[1], 16) in barriers:
+            found.append(line)
+    return found
+
+
 def check_barriers(config: HopperConfig, forward: Compiled) -> None:
     """The barriers of the rings lie where assembly has them, and warps do not meet there."""
     row = 2 * config.width
@@ -157,6 +172,8 @@ def check_barriers(config: HopperConfig, forward: Compiled) -> None:
     assert waited_for == {first, first + 128, first + 256}
     # Keys and values that two programs share are given back to the one that fetches them.
     given_back = {int(place) for place in re.findall(r"_, \[barrier \+ (\d+)\]", forward.assembly)}
+    arrivals = {first + 320 + 8 * slot for slot in range(slots)}
+    assert not given_back_while_loaded(disassemble(forward), arrivals)
     by_warps = {first + 320} if config.cluster else {first + 64, first + 192, first + 320}
     assert given_back == by_warps
 

@@ -105,8 +105,9 @@ def wait(operands: Any, which: Any, slot: Any, phase: Any, pred: Any = True, _se
 def give_back(operands: Any, which: Any, slot: Any, pred: Any = True, _semantic: Any = None) -> None:
     """Let a slot be filled again, as far as this warp is concerned; all four of a warpgroup must.
 
-    The warp has waited for whatever read the slot. Where two programs share the ring, it tells the one that
-    fetches.
+    The warp has waited for whatever read the slot: a product is over then, and a load once something has used
+    what it brought, which is not to be taken for granted right behind it. Where two programs share the ring,
+    the warp tells the one that fetches.
 
     Args:
         operands, which: as for :func:`wait`.

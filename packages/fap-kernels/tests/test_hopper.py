@@ -162,12 +162,14 @@ def check_barriers(config: HopperConfig, forward: Compiled) -> None:
     staging = queries if config.overlap_tiles else queries // config.out_parts if config.out_parts else 0
     first = 2 * config.stages * config.block_n * row + slots * 64 * row + staging
     counts = (config.stages, config.stages, slots)
-    barriers = [
-        {first + 128 * ring + 64 * kind + 8 * slot for ring in range(3) for slot in range(counts[ring])}
+    barriers = {
+        first + 128 * ring + 64 * kind + 8 * slot
+        for ring, count in enumerate(counts)
         for kind in range(2)
-    ]
+        for slot in range(count)
+    }
     set_up = places(forward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
-    assert barriers[0] | barriers[1] <= set(set_up), "they lie elsewhere"
+    assert barriers <= set(set_up), "they lie elsewhere"
     waited_for = {int(place) for place in re.findall(r"\[barrier \+ (\d+)\], %", forward.assembly)}
     assert waited_for == {first, first + 128, first + 256}
     # Keys and values that two programs share are given back to the one that fetches them.

@@ -33,7 +33,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unwrap
 from triton.experimental.gluon.language._core import builtin
 
-from .compat import assemble
+from .compat import as_int, assemble
 
 __all__ = [
     "BARRIERS",
@@ -57,12 +57,13 @@ VECTOR = gl.constexpr(3)
 """The same of one dimension."""
 
 STAGES = gl.constexpr(4)
-"""At most, of a shared ring: so many barriers of each kind there are."""
+"""At most, of a shared ring of the backward: so many barriers of each kind there are."""
 
 BARRIERS = gl.constexpr((768, 512))
-"""Bytes that the barriers of the first shared ring take, and of the second, behind them: more than anything
-else but tiles and the numbers of their rows, so that it is known where they lie. They are two allocations, or
-Triton would have the warps of a warpgroup meet between waiting for one and for the other."""
+"""Bytes that the barriers of the backward's first shared ring take, and of its second, behind them: more than
+anything else but tiles and the numbers of their rows, so that it is known where they lie. They are two
+allocations, or Triton would have the warps of a warpgroup meet between waiting for one and for the other. The
+forward's are those of :mod:`fap_kernels.hopper.mbarriers`."""
 
 EMPTY = gl.constexpr(8 * STAGES.value)
 """How far behind the barriers of filled stages those of empty ones lie, in bytes."""
@@ -125,9 +126,8 @@ def give_back(shared: Any, stage: Any, pred: Any = True, _semantic: Any = None) 
         @elected mbarrier.arrive.shared::cluster.b64 _, [barrier];
         mov.u32 $0, 0;
     }"""
-    pred = _semantic.cast(_semantic.to_tensor(unwrap(pred)), gl.int32)
     _, _, _, empty, owner = shared
-    assemble(text, [stage, empty, owner, pred], _semantic)
+    assemble(text, [stage, empty, owner, as_int(pred, _semantic)], _semantic)
 
 
 class Vector(NamedTuple):

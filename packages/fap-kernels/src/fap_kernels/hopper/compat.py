@@ -9,7 +9,7 @@ from triton.experimental.gluon.language._core import _unwrap_if_constexpr as unw
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["assemble", "barrier", "reinterpret", "tma_add", "tma_load", "tma_store"]
+__all__ = ["as_int", "assemble", "barrier", "reinterpret", "tma_add", "tma_load", "tma_store"]
 
 # Among the warps of a partition; renamed in Triton 3.7.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -43,6 +43,11 @@ def assemble(code: str, operands: list[Any], semantic: Any, kinds: str | None = 
     handles = [semantic.to_tensor(unwrap(operand)).handle for operand in operands]
     constraints = ",".join(("=r", *(kinds or "r" * len(handles))))
     builder.create_inline_asm(code, constraints, handles, [gl.int32.to_ir(builder)], False, 1)
+
+
+def as_int(pred: Any, semantic: Any) -> Any:
+    """A condition, known to the compiler or not, as an int32 for :func:`assemble`."""
+    return semantic.cast(semantic.to_tensor(unwrap(pred)), gl.int32)
 
 
 @builtin

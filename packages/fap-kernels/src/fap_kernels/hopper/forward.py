@@ -109,9 +109,12 @@ def hopper_forward_kernel(
         window_left, window_right, items, heads_beside, tickets, True if CLUSTER else None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    barriers = mbarriers.make()
+    barriers = mbarriers.make(mbarriers.ALL, mbarriers.SLOTS)
     q_tiles = ring.make_tiles(q_part0, Q_STAGES * WARPGROUPS)
     queries = ring.make_ring(q_tiles, barriers, QUERIES, Q_STAGES * WARPGROUPS, 1)
+    staging = None
+    if OVERLAP_TILES or OUT_PARTS > 0:
+        staging = ring.make_tiles(out_part0, WARPGROUPS)
     k_shared, v_shared = None, None
     if CLUSTER:
         room = ring.make_tiles(k_part0, 2 * STAGES)  # the values' behind the keys'
@@ -119,17 +122,13 @@ def hopper_forward_kernel(
         values = ring.make_ring(room, barriers, VALUES, STAGES, 2 * WARPGROUPS)
         cluster.publish_barriers()
         TILE: gl.constexpr = k_part0.block_type.nbytes
-        OUT: gl.constexpr = WARPGROUPS * out_part0.block_type.nbytes if OUT_PARTS > 0 else 0
-        BARRIERS: gl.constexpr = 2 * STAGES * TILE + Q_STAGES * WARPGROUPS * q_part0.block_type.nbytes + OUT
+        BARRIERS: gl.constexpr = mbarriers.behind((room, q_tiles, staging))
         k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + mbarriers.KIND, 0)
         SECOND: gl.constexpr = BARRIERS + mbarriers.RING
         v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + mbarriers.KIND, 1)
     else:
         keys = ring.make_ring(ring.make_tiles(k_part0, STAGES), barriers, KEYS, STAGES, WARPGROUPS)
         values = ring.make_ring(ring.make_tiles(v_part0, STAGES), barriers, VALUES, STAGES, WARPGROUPS)
-    staging = None
-    if OVERLAP_TILES or OUT_PARTS > 0:
-        staging = ring.make_tiles(out_part0, WARPGROUPS)
     board = None
     if cu_seqlens_q is not None or tickets is not None:
         board = announcements.make_board(WARPGROUPS)
@@ -309,9 +308,6 @@ def _multiply(
             AHEAD, OUT_PARTS, O,
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
-        if AHEAD:
-            IN_SWEEP: gl.constexpr = HOLD_QUERIES or OUT_PARTS > 0
-            mbarriers.give_back(operands, QUERIES, q_slot, pred=sweep.count <= 1 if IN_SWEEP else True)
         count += 1
         turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
         q_slot = count % Q_STAGES * WARPGROUPS + WARPGROUP
@@ -503,8 +499,8 @@ def _sweep(
     """All steps after the first, whose ``weights`` wait for their values.
 
     With ``AHEAD`` the queries' place is given back for the next tile's: where they are held, once a product
-    has taken them from registers; where the output leaves elsewhere, after their last scores. Where the first
-    step is the last one, or tiles overlap and queries are not held, that is left to the caller.
+    has taken them from registers; where the output leaves elsewhere, after their last scores; at the end
+    where the first step is the last one, or tiles overlap and queries are not held.
     """
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
     call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
@@ -541,6 +537,9 @@ def _sweep(
                 q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
+    if AHEAD:
+        at_end = True if q_done is None else sweep.count <= 1
+        mbarriers.give_back(operands, QUERIES, q_slot, pred=at_end)
     return acc, weights, row_max, sums, stage, phase, v_stage, v_phase
 
 

@@ -24,9 +24,23 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import cluster
-from .compat import assemble, reinterpret
+from .compat import as_int, assemble, reinterpret
 
-__all__ = ["KEYS", "KIND", "QUERIES", "RING", "VALUES", "give_back", "make", "of_ring", "wait"]
+__all__ = [
+    "ALL",
+    "KEYS",
+    "KIND",
+    "QUERIES",
+    "RING",
+    "SLOTS",
+    "VALUES",
+    "WARPS",
+    "behind",
+    "give_back",
+    "make",
+    "of_ring",
+    "wait",
+]
 
 KEYS = gl.constexpr(0)
 VALUES = gl.constexpr(1)
@@ -50,22 +64,29 @@ ALL = gl.constexpr(12)
 
 
 @gluon.jit
-def make():
-    """Room for the barriers of all rings."""
+def make(ROWS: gl.constexpr, LENGTH: gl.constexpr):
+    """Room for barriers: two rows a ring, of ``LENGTH``, and as many more as make it large enough."""
     SINGLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(gl.int64, [ALL, SLOTS], SINGLE)
+    return gl.allocate_shared_memory(gl.int64, [ROWS, LENGTH], SINGLE)
 
 
 @gluon.jit
-def of_ring(barriers, WHICH: gl.constexpr, COUNT: gl.constexpr, READERS: gl.constexpr):
-    """``full`` and ``empty`` of a ring of ``COUNT`` slots, each read by so many warpgroups."""
-    gl.static_assert(COUNT <= SLOTS, "there are no more barriers")
-    full = reinterpret(barriers.index(2 * WHICH), gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = reinterpret(barriers.index(2 * WHICH + 1), gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+def of_ring(barriers, WHICH: gl.constexpr, COUNT: gl.constexpr, GIVEN_BACK: gl.constexpr):
+    """``full`` and ``empty`` of a ring of ``COUNT`` slots, which wait for so many to give a slot back."""
+    LENGTH: gl.constexpr = barriers.shape[1]
+    gl.static_assert(COUNT <= LENGTH, "there are no more barriers")
+    full = reinterpret(barriers.index(2 * WHICH), gl.int64, [LENGTH, 1], mbarrier.MBarrierLayout())
+    empty = reinterpret(barriers.index(2 * WHICH + 1), gl.int64, [LENGTH, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(COUNT):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=WARPS * READERS)
+        mbarrier.init(empty.index(slot), count=GIVEN_BACK)
     return full, empty
+
+
+@builtin
+def behind(tiles: Any, _semantic: Any = None) -> Any:
+    """Where the barriers lie, in bytes from the start of shared memory, if these are all tiles or None."""
+    return gl.constexpr(_bytes_of(list(tiles)))
 
 
 @builtin
@@ -84,7 +105,7 @@ def wait(operands: Any, which: Any, slot: Any, phase: Any, pred: Any = True, _se
         return
     numbers, unless = [slot, phase], ""
     if unwrap(pred) is not True:
-        numbers.append(_semantic.cast(_semantic.to_tensor(unwrap(pred)), gl.int32))
+        numbers.append(as_int(pred, _semantic))
         unless = "setp.eq.s32 over, $3, 0; @over bra.uni done;"
     text = f"""{{
         .reg .pred over;
@@ -124,7 +145,7 @@ def give_back(operands: Any, which: Any, slot: Any, pred: Any = True, _semantic:
         return
     numbers, unless = [slot], ""
     if unwrap(pred) is not True:
-        numbers.append(_semantic.cast(_semantic.to_tensor(unwrap(pred)), gl.int32))
+        numbers.append(as_int(pred, _semantic))
         unless = "setp.ne.s32 wanted, $2, 0; and.pred elected, elected, wanted;"
     text = f"""{{
         .reg .pred elected, wanted;
@@ -145,14 +166,16 @@ def _ring_of(operands: Any, which: int) -> Any:
 
 def _place_of(operands: Any, which: int) -> int:
     """Where a ring's barriers lie, in bytes from the start of shared memory: behind all tiles."""
-    tiles = [operands.k_ring.tiles, operands.q_ring.tiles]
+    tiles = [operands.k_ring.tiles, operands.q_ring.tiles, operands.staging]
     if unwrap(operands.k_shared) is None:  # else the tiles of keys and of values are one allocation
         tiles.append(operands.v_ring.tiles)
-    if unwrap(operands.staging) is not None:
-        tiles.append(operands.staging)
-    return sum(_bytes_of(memory) for memory in tiles) + int(which * RING.value)
+    return _bytes_of(tiles) + int(which * RING.value)
 
 
-def _bytes_of(memory: Any) -> int:
-    sides = [int(unwrap(side)) for side in memory.type.shape]
-    return math.prod(sides) * int(memory.dtype.primitive_bitwidth) // 8
+def _bytes_of(tiles: list[Any]) -> int:
+    size = 0
+    for memory in tiles:
+        if unwrap(memory) is not None:
+            sides = [int(unwrap(side)) for side in memory.type.shape]
+            size += math.prod(sides) * int(memory.dtype.primitive_bitwidth) // 8
+    return size

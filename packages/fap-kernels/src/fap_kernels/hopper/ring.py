@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..language.rows import WRAPPING_ROWS
 from . import cluster, mbarriers
-from .compat import reinterpret, tma_load, tma_store
+from .compat import tma_load, tma_store
 
 
 class Ring(NamedTuple):
@@ -40,7 +40,7 @@ def make_ring(tiles, barriers, WHICH: gl.constexpr, STAGES: gl.constexpr, READER
     Args:
         barriers, WHICH: all rings' barriers, and which ring this is, of :mod:`fap_kernels.hopper.mbarriers`.
     """
-    full, empty = mbarriers.of_ring(barriers, WHICH, STAGES, READERS)
+    full, empty = mbarriers.of_ring(barriers, WHICH, STAGES, mbarriers.WARPS * READERS)
     return Ring(tiles, full, empty)
 
 
@@ -50,15 +50,8 @@ def make_shared_barriers(WHICH: gl.constexpr, STAGES: gl.constexpr, GIVEN_BACK: 
 
     ``empty`` waits for ``GIVEN_BACK`` to give a stage back; what does is :mod:`fap_kernels.hopper.cluster`.
     """
-    gl.static_assert(STAGES <= cluster.STAGES, "there are no more barriers")
-    SINGLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     KINDS: gl.constexpr = cluster.BARRIERS[WHICH] // (8 * cluster.STAGES)
-    barriers = gl.allocate_shared_memory(gl.int64, [KINDS, cluster.STAGES], SINGLE)
-    full = reinterpret(barriers.index(0), gl.int64, [cluster.STAGES, 1], mbarrier.MBarrierLayout())
-    empty = reinterpret(barriers.index(1), gl.int64, [cluster.STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=GIVEN_BACK)
+    full, empty = mbarriers.of_ring(mbarriers.make(KINDS, cluster.STAGES), 0, STAGES, GIVEN_BACK)
     cluster.publish_barriers()
     return full, empty
 

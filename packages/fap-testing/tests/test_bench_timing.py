@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import contextmanager
 
@@ -52,12 +53,15 @@ def test_a_call_that_fails_late_ends_no_other():
     assert results["good"].median == 2.0
 
 
-def test_calls_take_turns_and_start_them_in_another_order():
+def test_calls_take_turns_in_another_order_each_round():
     order = []
     runs = {name: Run(lambda name=name: order.append(name) or 1.0) for name in ("a", "b", "c")}
-    race(runs, TellingTimer(), Effort(rounds=3, milliseconds=1e-9, warmup_ms=0))
-    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert "".join(turns).endswith("abcbcacab"), "each round must begin with another call"
+    race(runs, TellingTimer(), Effort(rounds=4, milliseconds=1e-9, warmup_ms=0))
+    turns = [name for index in range(4) for name in order[-24 + 6 * index : -18 + 6 * index or None : 2]]
+    assert "".join(turns) == "abc" + "bac" + "cab" + "acb"
+    assert turns[::3] == ["a", "b", "c", "a"], "each round must begin with another call"
+    after = {(before, name) for before, name in itertools.pairwise(turns) if before != name}
+    assert len(after) == 6, "none always follows the same other one"
 
 
 def test_what_ran_before_is_forgotten_when_a_turn_is_measured():

@@ -160,7 +160,7 @@ class Choice:
     def effort(self) -> Effort:
         """How long to measure."""
         if self.on_gpu:
-            return Effort(rounds=3, milliseconds=30, warmup_ms=40, preheat_s=1) if self.quick else Effort()
+            return Effort(rounds=4, milliseconds=40, warmup_ms=150, preheat_s=1) if self.quick else Effort()
         if self.quick:
             return Effort(rounds=3, milliseconds=150, warmup_ms=20, preheat_s=0.2)
         return Effort(milliseconds=500, warmup_ms=50, preheat_s=1)

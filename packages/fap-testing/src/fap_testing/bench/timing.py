@@ -29,6 +29,7 @@ __all__ = [
 
 _MIB = 1 << 20
 _MOST_SAMPLES_A_TURN = 200
+_MOST_WARMUP_CALLS = 2000
 _LEAST_SAMPLES_A_TURN = 2
 
 
@@ -55,13 +56,14 @@ class Effort:
         rounds: how many turns each of the compared calls gets.
         milliseconds: of measuring, over all turns together.
         warmup_ms: of calls at the start of each turn that do not count. At its power limit a GPU sets its
-            clock by what ran before, and another call may draw more power, or less.
+            clock by what ran before, and another call may draw more power, or less: an H200 needs 0.1 to 0.25
+            seconds until a call's speed is its own.
         preheat_s: seconds of matrix products before the first measurement of a process.
     """
 
     rounds: int = 5
     milliseconds: float = 100.0
-    warmup_ms: float = 60.0
+    warmup_ms: float = 250.0
     preheat_s: float = 3.0
 
 
@@ -243,6 +245,9 @@ def preheat(device: str, seconds: float) -> None:
 def race(runs: Mapping[str, Run], timer: Timer, effort: Effort) -> dict[str, Spread | Exception]:
     """Time several calls in turn, so that a drift of clocks and heat hits all alike.
 
+    Each round begins with another call, and every second one goes backwards, so that none always follows the
+    same other one.
+
     Args:
         runs: the calls by name.
         timer: for the device they run on.
@@ -262,7 +267,8 @@ def race(runs: Mapping[str, Run], timer: Timer, effort: Effort) -> dict[str, Spr
     for turn in range(effort.rounds):
         names = [name for name in runs if name not in finished]
         shift = turn % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
+        names = names[shift:] + names[:shift]
+        for name in names[:1] + names[:0:-1] if turn % 2 else names:
             try:
                 warm, counted = counts[name]
                 with runs[name].scope():
@@ -284,5 +290,5 @@ def _samples_a_turn(run: Run, timer: Timer, effort: Effort) -> tuple[int, int]:
             paces.append(1e3 * (time.perf_counter() - begin))
     pace = max(statistics.median(paces), 1e-3)
     fitting = effort.milliseconds / effort.rounds / pace
-    warm = min(effort.warmup_ms / pace, _MOST_SAMPLES_A_TURN)
+    warm = min(effort.warmup_ms / pace, _MOST_WARMUP_CALLS)
     return int(warm), int(min(max(fitting, _LEAST_SAMPLES_A_TURN), _MOST_SAMPLES_A_TURN))

@@ -8,7 +8,7 @@ several at a time on one GPU. What fails is named with the command that runs it 
 
     python packages/fap-kernels/tests/soak.py --seed 0 --only 4711
 
-It lies beside the tests, since it judges, and is none, since it takes a minute of a GPU and of many cores.
+It lies beside the tests, since it judges, and is none, since it takes four minutes of an H200 and 16 cores.
 """
 
 from __future__ import annotations
@@ -224,8 +224,9 @@ def main() -> int:
     )
     parser.add_argument("--problems", type=int, default=10_000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    parser.add_argument("--size", type=int, default=500, help="problems of a batch")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a batch")
+    parser.add_argument("--size", type=int, default=625, help="problems of a batch")
+    # With 16 at a time on an H200 one takes up to 190.
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for a batch")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop after so many, whatever is left"
     )

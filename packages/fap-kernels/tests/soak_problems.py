@@ -189,7 +189,7 @@ def draw(variant: Variant, number: int, seed: int) -> Problem:
     lengths_q[place] = min(max(queries, variant.queries[0]), variant.queries[-1])
     if number >= FULL_TILES and rng.random() < 0.1 and variant.queries[0] == QUERIES[0]:
         lengths_q[place] = rng.randint(1, 64)
-    nheads_k, group = rng.randint(1, 3), rng.choice((2, 4) if variant.grouped else (1, 2, 4))
+    nheads_k, group = rng.randint(1, 3), rng.choice((2, 4) if variant.grouped else (1, 1, 1, 2, 4))
     pairs = sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
     while nheads_k * group * pairs > PAIRS and nheads_k * group > 1:
         nheads_k, group = (nheads_k, group // 2) if group > 1 else (nheads_k - 1, 1)

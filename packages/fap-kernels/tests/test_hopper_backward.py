@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from fap_kernels.hopper.config import (
     BACKWARD_128,
     BACKWARD_256,
     CLUSTERED_128,
+    FOUNDED_128,
     ORDERED_128,
     BackwardConfig,
 )
@@ -85,22 +87,70 @@ CONFIGS = {64: BACKWARD_64, 128: BACKWARD_128, 256: BACKWARD_256}
 needs_gluon = pytest.mark.skipif(not gluon_is_here(), reason="Gluon for Hopper comes with Triton 3.6")
 
 
-@needs_gluon
-@pytest.mark.parametrize(
-    ("width", "kind"),
-    [(128, "full"), (128, "float16"), (128, "window"), (128, "softcap and ALiBi"), (128, "ordered"),
-     (64, "float16"), (64, "causal"), (64, "ordered"), (64, "window"), (64, "packed"),
-     (64, "packed, ordered"), (64, "softcap and ALiBi"), (256, "full"), (256, "float16"), (256, "packed"),
-     (256, "window"), (256, "softcap and ALiBi")],
-)  # fmt: skip
-def test_a_configuration_compiles_within_its_bounds(width: int, kind: str) -> None:
-    backward = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind])
+def check_bounds(backward: Compiled, kind: str) -> None:
     assert backward.shared <= SM_90.shared_memory
     assert backward.spills <= SPILLS[kind], "it spills more than was recorded"
-    assert "wgmma.mma_async" in backward.assembly
-    assert "cp.reduce.async.bulk.tensor" in backward.assembly
     assert not backward.warnings, "ptxas serialises the products, or takes registers from a partition"
     assert not left_unset(backward), "a path leaves a register unset that is read later"
+
+
+KINDS: dict[BackwardConfig, tuple[str, ...]] = {
+    BACKWARD_64: (
+        "float16", "causal", "ordered", "window", "packed", "packed, ordered", "softcap and ALiBi",
+    ),
+    BACKWARD_128: ("full", "float16", "window", "softcap and ALiBi", "ordered"),
+    FOUNDED_128: ("full", "causal", "float16", "packed", "window", "softcap and ALiBi"),
+    BACKWARD_256: ("full", "float16", "packed", "window", "softcap and ALiBi"),
+}  # fmt: skip
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("config", "kind"), [(config, kind) for config, kinds in KINDS.items() for kind in kinds]
+)
+def test_a_configuration_compiles_within_its_bounds(config: BackwardConfig, kind: str) -> None:
+    backward = compile_backward(config, head_dim=config.width, **CALLS[kind])
+    check_bounds(backward, kind)
+    assert "wgmma.mma_async" in backward.assembly
+    assert "cp.reduce.async.bulk.tensor" in backward.assembly
+
+
+@needs_gluon
+@pytest.mark.parametrize(("config", "deterministic"), [(FOUNDED_128, False), (BACKWARD_128, True)])
+def test_what_was_stored_is_in_memory_before_others_add(config: BackwardConfig, deterministic: bool) -> None:
+    """Of each of the two senders: no mistake here would be sure to show on a GPU."""
+    code = compile_backward(config, head_dim=128, causal=True, deterministic=deterministic).assembly
+    found = re.findall(
+        r"cp\.reduce\.async\.bulk\.tensor\.2d|cp\.async\.bulk\.tensor\.2d\.global|\bred\.\S+|\bld\.acquire\.gpu"
+        r"|fence\.proxy\.async\.global|cp\.async\.bulk\.wait_group(?:\.read)?\s+0",
+        code,
+    )
+    found = [re.sub(r"\s+", " ", line) for line in found]
+    counts = Counter(found)
+    assert counts["cp.reduce.async.bulk.tensor.2d"] == counts["cp.async.bulk.tensor.2d.global"] == 2
+    assert counts["ld.acquire.gpu"] == counts["fence.proxy.async.global"] == 2
+    assert {line for line in found if line.startswith("red.")} == {"red.release.gpu.global.add.u32"}
+    before = {
+        found[number - 1]
+        for number, line in enumerate(found)
+        if line in ("red.release.gpu.global.add.u32", "fence.proxy.async.global")
+    }
+    assert before == {"cp.async.bulk.wait_group 0", "ld.acquire.gpu"}, "arrived is more than read"
+    # dK and dV of both warpgroups leave, and what is added but not counted; that may still be on its way.
+    assert counts["cp.async.bulk.wait_group.read 0"] == (2 if deterministic else 4)
+
+
+@needs_gluon
+def test_where_the_first_one_stores_nothing_is_zeroed_but_counters() -> None:
+    delta, gradients, query_grads = launches_of(FOUNDED_128, head_dim=128, causal=True)
+    assert gradients.arguments["FOUNDED"]
+    assert delta.arguments["dq_acc"] is None
+    assert delta.arguments["additions"] is gradients.arguments["additions"] is not None
+    assert query_grads.arguments["additions"] is gradients.arguments["additions"]
+    assert not launches_of(FOUNDED_128, head_dim=128, deterministic=True)[1].arguments["FOUNDED"]
+    for config in (ORDERED_128, BACKWARD_64, BACKWARD_256):
+        with pytest.raises(ValueError, match="founded is for two warpgroups"):
+            replace(config, founded=True)
 
 
 @needs_gluon
@@ -115,11 +165,15 @@ def test_programs_that_draw_no_key_tiles_compile_as_well(kind: str) -> None:
 
 
 @needs_gluon
-@pytest.mark.parametrize(("width", "kind"), [(64, "packed, ordered"), (128, "ordered"), (256, "full")])
-def test_triton_itself_uses_no_barrier_of_ours(width: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(BACKWARD_64, "packed, ordered"), (BACKWARD_128, "ordered"), (FOUNDED_128, "causal"),
+     (BACKWARD_256, "full")],
+)  # fmt: skip
+def test_triton_itself_uses_no_barrier_of_ours(config: BackwardConfig, kind: str) -> None:
     from fap_kernels.hopper import barriers
 
-    code = compile_backward(CONFIGS[width], head_dim=width, **CALLS[kind]).assembly
+    code = compile_backward(config, head_dim=config.width, **CALLS[kind]).assembly
     # Its numbers stand in the instruction, and ours come in a register.
     numbers = {int(number) for number in re.findall(r"\bbar(?:rier)?\.\S+\s+(\d+)\b", code)}
     assert 0 in numbers
@@ -152,8 +206,21 @@ def test_grouped_heads_under_a_causal_mask_add_in_any_order(head_dim: int) -> No
         assert (gradients.arguments["additions"] is not None) is ordered, options
 
 
+@needs_gluon
+def test_short_calls_of_128_columns_are_founded_and_long_ones_without_a_mask_in_clusters() -> None:
+    call: dict[str, Any] = {"head_dim": 128, "seqlen_q": 2048, "seqlen_k": 2048}
+    for options in ({}, {"causal": True}):
+        assert launches_of(**call, **options)[1].arguments["FOUNDED"], options
+    for options in (
+        {"nheads_k": 2}, {"window_size": (90, 0)}, {"softcap": 3.0}, {"packed": True},
+        {"deterministic": True}, {"seqlen_k": 4096}, {"seqlen_k": 4096, "causal": True},
+    ):  # fmt: skip
+        assert not launches_of(**(call | options))[1].arguments["FOUNDED"], options
+    assert launches_of(**(call | {"seqlen_q": 8192, "seqlen_k": 8192}))[1].cluster == 2
+
+
 def test_the_table_has_no_other_configurations() -> None:
-    configs = {row.config and replace(row.config, ordered=False) for row in BACKWARD}
+    configs = {row.config and replace(row.config, ordered=False, founded=False) for row in BACKWARD}
     assert configs <= {None, *CONFIGS.values(), CLUSTERED_128}
 
 
@@ -161,10 +228,7 @@ def test_the_table_has_no_other_configurations() -> None:
 @pytest.mark.parametrize("kind", ["full", "causal", "float16", "window", "softcap and ALiBi"])
 def test_a_cluster_compiles_and_addresses_what_is_where_its_assembly_has_it(kind: str) -> None:
     backward = compile_backward(CLUSTERED_128, head_dim=128, **CALLS[kind])
-    assert backward.shared <= SM_90.shared_memory
-    assert backward.spills <= SPILLS[kind]
-    assert not backward.warnings
-    assert not left_unset(backward)
+    check_bounds(backward, kind)
     # Keys and values are fetched by Gluon, into the first tiles of the allocation that holds all of them.
     assert places(backward, r"complete_tx::bytes \[(%r\d+)\]")[:4:2] == [0, 32 << 10]
     numbers = 224 << 10
@@ -177,8 +241,9 @@ def test_a_cluster_compiles_and_addresses_what_is_where_its_assembly_has_it(kind
 
 
 def test_a_cluster_has_programs_that_can_be_made() -> None:
-    with pytest.raises(ValueError, match="take 128 columns and 64 queries in two stages, in any order"):
-        replace(ORDERED_128, cluster=True)
+    for config in (ORDERED_128, FOUNDED_128):
+        with pytest.raises(ValueError, match="two stages, neither order nor founding"):
+            replace(config, cluster=True)
     with pytest.raises(ValueError, match="take 128 columns"):
         replace(BACKWARD_64, cluster=True)
 
@@ -222,13 +287,15 @@ def test_where_a_third_warpgroup_makes_dq_the_others_hardly_wait() -> None:
 
 
 @needs_gluon
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_a_step_has_few_barriers(deterministic: bool) -> None:
+@pytest.mark.parametrize(
+    ("config", "deterministic"), [(BACKWARD_128, False), (BACKWARD_128, True), (FOUNDED_128, False)]
+)
+def test_a_step_has_few_barriers(config: BackwardConfig, deterministic: bool) -> None:
     """One hand-over of dS with a barrier behind it; dQ, and the stages, are only told of.
 
     The barrier at the start of a step stands before those that are looked at.
     """
-    code = disassemble(compile_backward(BACKWARD_128, deterministic=deterministic))
+    code = disassemble(compile_backward(config, deterministic=deterministic))
     # From dP being there to the end of the step, with waits for dV and dQ between.
     steps = _steps(code, "1210")
     assert len(steps) == 4, "two loops of two warpgroups"
@@ -237,7 +304,7 @@ def test_a_step_has_few_barriers(deterministic: bool) -> None:
         assert sum("BAR.ARV" in line for line in step) == 2
     assert sum("UTMAREDG" in line for line in code) == 2, "other warps have dQ added"
     # dK and dV of two warpgroups, and dQ where a first addition is known.
-    assert sum("UTMASTG" in line for line in code) == (6 if deterministic else 4)
+    assert sum("UTMASTG" in line for line in code) == (6 if deterministic or config.founded else 4)
 
 
 def _steps(code: list[str], outstanding: str) -> list[list[str]]:

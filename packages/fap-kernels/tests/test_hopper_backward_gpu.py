@@ -40,13 +40,27 @@ ERRORS = {torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
 
 @pytest.fixture(autouse=True)
 def free_order_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short calls would take the fixed order by themselves, and the other would hardly be tested."""
-    free = tuple(
-        row if row.config is None else replace(row, config=replace(row.config, ordered=False))
-        for row in BACKWARD
-    )
+    """Short calls take a fixed order, or found dQ, by themselves, and the free order would go untested."""
+    found_dq(monkeypatch, False)
+
+
+def found_dq(monkeypatch: pytest.MonkeyPatch, founded: bool) -> None:
+    """Have no order asked for by the table, and let two warpgroups of 128 columns found dQ, or not."""
+    rows = []
+    for row in BACKWARD:
+        config = row.config and replace(row.config, ordered=False, founded=False)
+        if config is not None and founded and config.width == 128:
+            config = replace(config, cluster=False, founded=True)
+        rows.append(replace(row, config=config))
     for module in (backward_launch, conditions):
-        monkeypatch.setattr(module, "BACKWARD", free)
+        monkeypatch.setattr(module, "BACKWARD", tuple(rows))
+    keep_no_launches(monkeypatch)
+
+
+def keep_no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were kept know nothing of what a test pretends: none are taken, and none are left."""
+    for module in ("attention", "varlen"):
+        monkeypatch.setattr(f"fap_kernels.{module}._backward_replays", Replays())
 
 
 def draw(
@@ -111,6 +125,30 @@ def test_against_the_oracle(head_dim: int, options: dict[str, Any], dtype: torch
     for seqlen_q, seqlen_k in ((700, 900), (900, 260), (1, 1)):
         dlse = torch.randn(2, 4, seqlen_q, device="cuda")
         check(*draw(2, seqlen_q, seqlen_k, 4, 2, head_dim, dtype), dlse, alibi_slopes=slopes, **options)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_first_key_tile_stores_and_the_others_add(
+    head_dim: int, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_dq(monkeypatch, True)
+    test_against_the_oracle(head_dim, options, dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_key_tile_of_packed_sequences_stores(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found_dq(monkeypatch, True)
+    check_packed(128, seed)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (300, 0)}], ids=str)
+def test_more_key_tiles_than_run_at_a_time_wait_for_the_first(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_dq(monkeypatch, True)
+    check(*draw(3, 1500, 1700, 16, 16, 128), **options)
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
@@ -265,10 +303,9 @@ def test_more_programs_than_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
-    """Plan for so many processors. Kept launches do not know of them: none are taken, and none are left."""
+    """Plan for so many processors."""
     monkeypatch.setattr("fap_kernels.target._processors_of_index", lambda index: processors)
-    for module in ("attention", "varlen"):
-        monkeypatch.setattr(f"fap_kernels.{module}._backward_replays", Replays())
+    keep_no_launches(monkeypatch)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -286,9 +323,14 @@ def test_a_fixed_order_gives_equal_gradients_on_250_runs(head_dim: int, causal: 
 
 @pytest.mark.parametrize("batch", [1, 30])  # with more key tiles than programs these draw them
 @pytest.mark.parametrize(
-    ("head_dim", "deterministic"), [(64, False), (64, True), (128, False), (128, True), (256, False)]
+    ("head_dim", "order"),
+    [(64, "free"), (64, "fixed"), (128, "free"), (128, "founded"), (128, "fixed"), (256, "free")],
 )
-def test_a_graph_starts_from_zero_when_it_is_replayed(head_dim: int, deterministic: bool, batch: int) -> None:
+def test_a_graph_starts_from_zero_when_it_is_replayed(
+    head_dim: int, order: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_dq(monkeypatch, order == "founded")
+    deterministic = order == "fixed"
     q, k, v, dout = draw(batch, 700, 900, 4, 2, head_dim)
     out, lse, *right = attention_reference_gradients(q, k, v, dout.double())
     out, lse = out.to(q.dtype).contiguous(), lse.float().contiguous()

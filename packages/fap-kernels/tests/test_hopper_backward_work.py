@@ -29,8 +29,12 @@ def list_work(
     found, waits, cu_seqlens_q, cu_seqlens_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
     window_left, window_right, items, heads_beside,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_FIRST: tl.constexpr, CLUSTER: tl.constexpr,
+    FOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Write down what each program works on, ``(items, FIELDS)``, and what it waits for at each step."""
+    """Write down what each program works on, ``(items, FIELDS)``, and for each step two numbers.
+
+    The first query of its tile, and how many key tiles come before this one there.
+    """
     call = work.Call(
         cu_seqlens_q,
         cu_seqlens_k,
@@ -70,16 +74,22 @@ def list_work(
         tl.store(row + 12 + half * 3, own.leading)
         tl.store(row + 13 + half * 3, own.unmasked_end)
     for number in range(sweep.count):
-        first_query = sweep.start + number * BLOCK_M
-        before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
-        tl.store(waits + tl.program_id(0) * 16 + number, before)
+        first_query = backward_work.first_query_of(sweep, number, BLOCK_M, FOUNDED)
+        if FOUNDED:
+            before = backward_work.tiles_before(call, tile, first_query, BLOCK_N)
+        else:
+            before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+        step = waits + (tl.program_id(0) * 16 + number) * 2
+        tl.store(step, first_query)
+        tl.store(step + 1, before)
 
 
 def programs(
     lengths_q: list[int], lengths_k: list[int], nheads: int, group: int, window: tuple[Any, Any],
     packed: bool, block_m: int, heads_beside: int = 1, last_first: bool = False, cluster: bool = False,
-) -> tuple[list[list[int]], list[list[int]]]:  # fmt: skip
-    """What each program works on, and how many additions it waits for at each step."""
+    founded: bool = False,
+) -> tuple[list[list[int]], list[list[list[int]]]]:  # fmt: skip
+    """What each program works on, and at each step the query and how many key tiles come before this one."""
     bounds = [
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) if packed else None
         for lengths in (lengths_q, lengths_k)
@@ -90,10 +100,10 @@ def programs(
         entries, slots = len(lengths_k), slot_count(sum(lengths_k), len(lengths_k), BLOCK_N)
     items = (nheads // group) * slots
     found = torch.zeros(items * together, FIELDS, dtype=torch.int32)
-    waits = torch.full((items * together, 16), -1, dtype=torch.int32)
+    waits = torch.full((items * together, 16, 2), -1, dtype=torch.int32)
     list_work[(items * together,)](
         found, waits, *bounds, entries, slots, nheads, group, max(lengths_q), max(lengths_k), *window, items,
-        None if packed else heads_beside, block_m, BLOCK_N, last_first, cluster,
+        None if packed else heads_beside, block_m, BLOCK_N, last_first, cluster, founded,
     )  # fmt: skip
     return found.tolist(), waits.tolist()
 
@@ -212,19 +222,39 @@ def test_half_of_the_keys_are_left_out_where_no_query_sees_them() -> None:
     assert [row[10:] for row in short] == [[4, 0, 4, 4, 4, 4, 4]], "keys that do not exist"
 
 
+@pytest.mark.parametrize("founded", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_all_add_to_a_query_tile_in_order_and_wait_for_earlier_programs(seed: int) -> None:
-    drawn = draw(seed)._replace(last_first=True)
-    found, waits = programs(*drawn)
+def test_all_that_come_before_at_a_query_tile_are_of_earlier_programs(seed: int, founded: bool) -> None:
+    """Key tiles from the last one on, or founded from the first one on; each visits its queries once."""
+    drawn = draw(seed)._replace(last_first=not founded)
+    found, waits = programs(*drawn, founded=founded)
     added: dict[tuple[int, ...], list[int]] = {}
-    for row, before in zip(found, waits, strict=True):
+    for row, steps in zip(found, waits, strict=True):
         batch, head, first_key, start, count = row[0], row[1], row[2], row[7], row[10]
-        for number in range(count):
+        queries = list(range(start, start + count * drawn.block_m, drawn.block_m))
+        assert [first_query for first_query, _ in steps[:count]] == queries[:: -1 if founded else 1]
+        for first_query, before in steps[:count]:
             # Programs in the order of their numbers: all that this one waits for is done.
-            earlier = added.setdefault((batch, head, start + number * drawn.block_m), [])
-            assert before[number] == len(earlier)
-            assert not earlier or earlier[-1] == first_key + BLOCK_N
+            earlier = added.setdefault((batch, head, first_query), [])
+            assert before == len(earlier)
+            assert not earlier or earlier[-1] == first_key + (-BLOCK_N if founded else BLOCK_N)
             earlier.append(first_key)
+
+
+@pytest.mark.parametrize("founded", [False, True])
+@pytest.mark.parametrize(
+    "window", [(65, None), (64, None), (65, 0), (1, None), (0, 63), (None, 64), (None, 65)]
+)
+def test_where_windows_end_at_a_tile_all_that_come_before_are_counted(
+    window: tuple[Any, Any], founded: bool
+) -> None:
+    """Where a bound is off by one no random call is sure to tell."""
+    added: dict[int, int] = {}
+    found, waits = programs([512], [512], 1, 1, window, False, 64, last_first=not founded, founded=founded)
+    for row, steps in zip(found, waits, strict=True):
+        for first_query, before in steps[: row[10]]:
+            assert before == added.get(first_query, 0)
+            added[first_query] = before + 1
 
 
 QueryTile = tuple[int, ...]
@@ -232,34 +262,42 @@ Addition = tuple[QueryTile, int]
 """To which query tile, and how many others must have been made before."""
 
 
-def additions_of_each(seed: int) -> list[list[Addition]]:
+def additions_of_each(seed: int, founded: bool = False) -> list[list[Addition]]:
     """Of each key tile of a random call the additions, in the order of its steps."""
-    drawn = draw(seed)._replace(last_first=True)
-    found, waits = programs(*drawn)
+    drawn = draw(seed)._replace(last_first=not founded)
+    found, waits = programs(*drawn, founded=founded)
     return [
         [
-            ((row[0], row[1], member, row[7] + number * drawn.block_m), waits[index][number])
+            ((row[0], row[1], member, first_query), before)
             for member in range(drawn.group)
-            for number in range(row[10])
+            for first_query, before in waits[index][: row[10]]
         ]
         for index, row in enumerate(found)
     ]
 
 
-def add_one(queues: list[list[Addition]], additions: dict[QueryTile, int], rng: random.Random) -> None:
-    """Let one that can go on make the next addition of its queue, and count it."""
-    able = [queue for queue in queues if queue and additions.get(queue[0][0], 0) >= queue[0][1]]
+def add_one(
+    queues: list[list[Addition]], additions: dict[QueryTile, int], rng: random.Random, founded: bool = False
+) -> None:
+    """Let one that can go on make the next addition of its queue; if ``founded``, count the first alone."""
+    able = [
+        queue
+        for queue in queues
+        if queue and additions.get(queue[0][0], 0) >= (min(queue[0][1], 1) if founded else queue[0][1])
+    ]
     assert able or not any(queues), "all wait for each other"
     if able:
         tile, before = rng.choice(able).pop(0)
-        assert additions.get(tile, 0) == before, "out of order"
+        if founded and before > 0:
+            return
+        assert additions.get(tile, 0) == before, "out of order, or stored twice"
         additions[tile] = before + 1
 
 
 @pytest.mark.parametrize("resident", [1, 2, 7])
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("warps", [1, 2])
-def test_a_few_programs_at_a_time_add_everything(warps: int, seed: int, resident: int) -> None:
+@pytest.mark.parametrize(("warps", "founded"), [(1, False), (2, False), (2, True)])
+def test_a_few_programs_at_a_time_add_everything(warps: int, founded: bool, seed: int, resident: int) -> None:
     """The protocol: warps of a program send tiles, each in its own order; any one that can go on does.
 
     Two share them, or, of the rows that are its own, one sends all, as also the last to add goes from tile to
@@ -267,13 +305,13 @@ def test_a_few_programs_at_a_time_add_everything(warps: int, seed: int, resident
     """
     additions: dict[QueryTile, int] = {}
     rng = random.Random(seed)
-    left = [[sent[warp::warps] for warp in range(warps)] for sent in additions_of_each(seed)]
+    left = [[sent[warp::warps] for warp in range(warps)] for sent in additions_of_each(seed, founded)]
     running: list[list[list[Addition]]] = []
     while left or any(any(sent) for sent in running):
         running = [sent for sent in running if any(sent)]
         while left and len(running) < resident:
             running.append(left.pop(0))
-        add_one([warp for sent in running for warp in sent], additions, rng)
+        add_one([warp for sent in running for warp in sent], additions, rng, founded)
 
 
 @pytest.mark.parametrize("resident", [1, 2, 7])

@@ -35,7 +35,9 @@ as well, and a warp for each, which comes to the meeting of its next step once t
 
 dQ is summed up by the memory system; ``fap_kernels.hopper.query_grads`` brings it to its place. Its tiles lie
 in memory as the registers hold them, 16 bytes a thread, since a sum does not mind. The order of additions is
-free or, with counters, fixed: ``fap_kernels.hopper.order`` says how, and why no program waits forever.
+free or, with counters, fixed, or free once the first one has stored: ``fap_kernels.hopper.order`` says how,
+and why no program waits forever. In the last case all sweep the queries downwards: under a causal mask the
+first key tile, for which the others wait, would come last to those that the last ones start with.
 """
 
 from __future__ import annotations
@@ -77,12 +79,12 @@ def hopper_backward_kernel(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr, CLUSTER: gl.constexpr,
+    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr, FOUNDED: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
-    ``dq_acc`` is zeros at first. With ``additions``, which are zeros then, it may be anything: all add in the
-    same order on every run, and the first one stores.
+    ``dq_acc`` is zeros at first. With ``additions``, which are zeros then, it may be anything: the first one
+    stores, and all add in the same order on every run, or ``FOUNDED`` in any order once that is there.
 
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. With
     ``CLUSTER`` two of neighbouring numbers have neighbouring key tiles, and sweep the same queries.
@@ -110,7 +112,7 @@ def hopper_backward_kernel(
     operands = backward_tiles.Operands(
         call, score, q_shared, dout_shared, alibi_stride, room.queries, room.douts, room.k, room.v,
         room.k_full, room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0,
-        None, None, additions, rows_padded,
+        None, None, additions, True if FOUNDED else None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
@@ -160,7 +162,7 @@ def _fetch(
     for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member
-        first_query = sweep.start + number * BLOCK_M
+        first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
         _fill(
             operands.queries, operands.q_shared, barriers.QUERIES_FREE, step, q_rows, head, first_query,
@@ -265,20 +267,26 @@ def _send(
     for step in range(SLOT, call.group * sweep.count, 2):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member
-        first_query = sweep.start + number * BLOCK_M
+        first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
         position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
         barriers.arrive(barriers.EXCHANGE + SLOT, WITH_ANOTHER)
         coordinates = [position // (LINE // WIDTH), 0]
         if operands.additions is not None:
             counter = operands.additions + position // ROWS
-            before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+            if operands.founded is None:
+                before = backward_work.tiles_after(call, tile, first_query, BLOCK_M, BLOCK_N)
+            else:
+                before = gl.minimum(backward_work.tiles_before(call, tile, first_query, BLOCK_N), 1)
             order.wait_for(counter, before)
             barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
             if before == 0:
                 tma_store(operands.dq_acc, coordinates, place)
             else:
                 tma_add(operands.dq_acc, coordinates, place)
-            order.count_when_added(counter)
+            if operands.founded is None or before == 0:
+                order.count_when_added(counter)
+            else:
+                tma.store_wait(0)
         else:
             barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
             tma_add(operands.dq_acc, coordinates, place)
@@ -321,7 +329,10 @@ def _step(
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Take in query tile ``number`` of a head, the ``member``-th of its group; see the module's docstring."""
+    """Take in a query tile of a head, the ``member``-th of its group; see the module's docstring.
+
+    It is number ``number`` of those that the sweep comes to, from above if it goes downwards.
+    """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
     dk, dv = gradients
@@ -331,7 +342,7 @@ def _step(
     step = member * sweep.count + number
     stage, phase = step % STAGES, step // STAGES & 1
     head = tile.head_k * call.group + member
-    first_query = sweep.start + number * BLOCK_M
+    first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
     k = ring.matrix(_keys(operands), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     v = ring.matrix(_values(operands, step), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
@@ -343,6 +354,12 @@ def _step(
     row_lse = queries.numbers.index(stage).load(COLUMN)
     mbarrier.wait(douts.full.index(stage), phase)
     less_delta, _ = gl.broadcast(douts.numbers.index(stage).load(COLUMN)[None, :], zeros)
+    if operands.founded is not None:
+        # Downwards the loop without a mask comes first. There the assembler would copy them to where dP
+        # starts after S has, and let the products wait for each other (C7517); an opaque copy keeps it here.
+        less_delta = gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [less_delta], gl.float32, is_pure=False, pack=1
+        )
     # Once a step the warps of a warpgroup meet, which Triton would have them do before they store dS. Here it
     # is better: they begin the products together.
     barrier()

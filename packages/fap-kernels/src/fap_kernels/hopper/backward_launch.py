@@ -38,9 +38,10 @@ def empty_additions(
 ) -> torch.Tensor | None:
     """Memory to count in what was added to ``dq_acc``: int32 ``(batch, nheads, padded_rows(...) // 64)``.
 
-    None where the order of additions is free: none was asked for, and the table prefers none.
+    None where nothing is counted: no order was asked for, and the table prefers memory full of zeros.
     """
-    if not (problem.deterministic or (config or _configured(problem)).ordered):
+    config = config or _configured(problem)
+    if not (problem.deterministic or config.ordered or config.founded):
         return None
     batch, nheads, rows = inputs.delta.shape
     return torch.empty((batch, nheads, rows // DELTA.block_m), dtype=torch.int32, device=inputs.q.device)
@@ -69,7 +70,7 @@ def plan_hopper_backward(
     config = config or _configured(problem)
     dq_acc = empty_dq_acc(problem, inputs, config)
     additions = empty_additions(problem, inputs, config)
-    # With additions the first one stores.
+    # With counters the first one stores.
     workspaces = zeroed = {"dq_acc": dq_acc}
     if additions is not None:
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
@@ -104,15 +105,16 @@ def _plan_gradients(
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
     So must its ``tickets``, if it has any. With ``additions``, which must hold zeros instead, it adds in the
-    same order on every run, and may fill ``dq`` as well.
+    same order on every run, or in any once the first one has stored; in order it may fill ``dq`` as well.
     """
     from .backward import hopper_backward_kernel
     from .backward_relay import hopper_backward_relay_kernel
     from .backward_three import hopper_backward_three_kernel
 
+    founded = _founded(problem, config)
     if config.relay and additions is not None:
         raise ValueError("the relay adds up dQ in no fixed order")
-    cluster = CLUSTER.value if _in_clusters(problem, config, additions) else 1
+    cluster = CLUSTER.value if _in_clusters(problem, config) else 1
     rows = config.block_n * cluster
     tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, rows)
     programs = items = problem.nheads_k * tiles
@@ -126,11 +128,13 @@ def _plan_gradients(
         drawn = torch.empty(1, dtype=torch.int32, device=inputs.q.device) if items > programs else None
         own["tickets"] = drawn
     else:
-        kernel, own = hopper_backward_kernel, {"additions": additions, "CLUSTER": cluster > 1}
+        kernel = hopper_backward_kernel
+        own = {"additions": additions, "FOUNDED": founded, "CLUSTER": cluster > 1}
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
     dq_tiles = 2 if kernel is hopper_backward_kernel else 1
     packed = problem.packed
-    beside = None if packed else _heads_beside(problem, processors // cluster, rows, additions is not None)
+    in_order = additions is not None and not founded
+    beside = None if packed else _heads_beside(problem, processors // cluster, rows, in_order)
     return Launch(
         kernel=kernel,
         programs=programs * cluster,
@@ -220,9 +224,14 @@ def _in_three(problem: AttentionProblem, config: BackwardConfig) -> bool:
     return config.three and problem.dtype == torch.bfloat16
 
 
-def _in_clusters(problem: AttentionProblem, config: BackwardConfig, additions: torch.Tensor | None) -> bool:
+def _founded(problem: AttentionProblem, config: BackwardConfig) -> bool:
+    """Whether the first one stores dQ and the others add in any order, as the configuration prefers."""
+    return config.founded and not problem.deterministic
+
+
+def _in_clusters(problem: AttentionProblem, config: BackwardConfig) -> bool:
     """Whether programs share the queries that they sweep, as the configuration prefers."""
-    return config.cluster and additions is None and not problem.packed and places_are_known()
+    return config.cluster and not problem.deterministic and not problem.packed and places_are_known()
 
 
 def _lift(problem: AttentionProblem, config: BackwardConfig) -> int:

@@ -79,7 +79,7 @@ def hopper_backward_relay_kernel(
     operands = backward_tiles.Operands(
         call, score, None, None, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full,
         room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None,
-        rows_padded,
+        None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     LOWERED: gl.constexpr = LOWER if q_part0.dtype == gl.bfloat16 else 1.0
@@ -131,7 +131,7 @@ def _weigh_step(
     step = member * sweep.count + number
     stage, phase, slot = step % STAGES, step // STAGES & 1, step % SLOTS
     head = tile.head_k * call.group + member
-    first_query = sweep.start + number * BLOCK_M
+    first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
     k = ring.matrix(operands.k, BLOCK_N, WIDTH)
     q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
     dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)

@@ -190,7 +190,7 @@ def _make_tiles(
     at, later = sweep.steps_before + step, step + STAGES
     slot, stage = at % SLOTS, at % STAGES
     head = tile.head_k * call.group + step // sweep.count
-    first_query = sweep.start + step % sweep.count * BLOCK_M
+    first_query = backward_tiles.first_query_of(operands, sweep, step % sweep.count, BLOCK_M)
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
     keys = ring.matrix(k, BLOCK_N, WIDTH)
     ds = operands.exchange.index(slot)
@@ -257,7 +257,7 @@ def send_dq(
         steps = _steps_handed_on(operands, tile, call.group * sweep.count)
         for step in range(steps):
             head = tile.head_k * call.group + step // sweep.count
-            first_query = sweep.start + step % sweep.count * BLOCK_M
+            first_query = backward_tiles.first_query_of(operands, sweep, step % sweep.count, BLOCK_M)
             position = backward_work.vector_position(
                 call, tile, head, first_query, operands.rows_padded, PADDING
             )

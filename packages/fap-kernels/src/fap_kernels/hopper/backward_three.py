@@ -105,7 +105,7 @@ def hopper_backward_three_kernel(
     operands = backward_tiles.Operands(
         call, score, None, None, alibi_stride, queries, douts, k, v, k_full, v_full, keys_free, board,
         exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0, handover, dq_acc, additions,
-        rows_padded,
+        None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
@@ -259,7 +259,7 @@ def _step(
     step = sweep.steps_before + member * sweep.count + number
     stage, phase = step % STAGES, step // STAGES & 1
     head = tile.head_k * call.group + member
-    first_query = sweep.start + number * BLOCK_M
+    first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
     place = sweep.tiles_before % KEY_TILES
     k = ring.matrix(operands.k.index(place), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     v = ring.matrix(operands.v.index(place), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)

@@ -47,7 +47,10 @@ class Operands(NamedTuple):
         dk, dv, dq_acc: descriptors of the results.
         handover: where tiles of dQ are handed to warps that send them, else None.
         dq, dq_sums: where the last one to add finishes dQ, its descriptor and the address of ``dq_acc``.
-        additions: how many key tiles were added to each 64 rows of ``dq_acc``; None if their order is free.
+        additions: how many key tiles were counted that added to each 64 rows of ``dq_acc``; None if none is
+            counted, and it holds zeros at first.
+        founded: True where the first key tile to visit a query tile stores, and is counted alone, and those
+            that follow add in any order; all sweep the queries downwards then. Else None.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
     """
 
@@ -73,6 +76,7 @@ class Operands(NamedTuple):
     handover: Any
     dq_sums: Any
     additions: Any
+    founded: Any
     rows_padded: Any
 
 
@@ -141,7 +145,7 @@ def key_tile_of(operands, item, BLOCK_N: gl.constexpr):
     """Key tile number ``item``."""
     # In a fixed order, a head's last key tile adds first: under a causal mask it starts at later queries than
     # the others, and is always ahead of them.
-    LAST_FIRST: gl.constexpr = operands.additions is not None
+    LAST_FIRST: gl.constexpr = operands.additions is not None and operands.founded is None
     return backward_work.key_tile_of(operands.call, item, BLOCK_N, LAST_FIRST)
 
 
@@ -160,33 +164,65 @@ def sweep_queries(
 ):  # fmt: skip
     """Take every query tile that sees the keys into the ``gradients``, head after head.
 
+    They come upwards, or downwards where dQ is founded; steps are numbered in the order in which they come.
+
     Args:
         STEP: the function that takes in one of them, with or without a mask, and returns the gradients.
         HIDDEN_STEP: the function for one that sees none of them; None where there is no such tile.
         gradients: what a step starts from, zeros at first.
     """
+    # Both ways are written out: with a function for each loop other machine code is made of the same steps.
     for member in range(operands.call.group):
-        if HIDDEN_STEP is not None:
-            for number in range(sweep.hidden):
-                step = sweep.steps_before + member * sweep.count + number
-                HIDDEN_STEP(WARPGROUP, operands, step, WIDTH, BLOCK_M, BLOCK_N, STAGES)
-        for number in range(sweep.hidden, sweep.leading):
-            gradients = STEP(
-                WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                True,
-            )  # fmt: skip
-        for number in range(sweep.leading, sweep.unmasked_end):
-            gradients = STEP(
-                WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N, STAGES,
-                False,
-            )  # fmt: skip
-        if operands.call.window_left is not None:
-            for number in range(sweep.unmasked_end, sweep.count):
+        if operands.founded is None:
+            if HIDDEN_STEP is not None:
+                for number in range(sweep.hidden):
+                    step = sweep.steps_before + member * sweep.count + number
+                    HIDDEN_STEP(WARPGROUP, operands, step, WIDTH, BLOCK_M, BLOCK_N, STAGES)
+            for number in range(sweep.hidden, sweep.leading):
                 gradients = STEP(
                     WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
                     STAGES, True,
                 )  # fmt: skip
+            for number in range(sweep.leading, sweep.unmasked_end):
+                gradients = STEP(
+                    WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
+                    STAGES, False,
+                )  # fmt: skip
+            if operands.call.window_left is not None:
+                for number in range(sweep.unmasked_end, sweep.count):
+                    gradients = STEP(
+                        WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
+                        STAGES, True,
+                    )  # fmt: skip
+        else:  # the same from the last one to the first
+            if operands.call.window_left is not None:
+                for number in range(sweep.count - sweep.unmasked_end):
+                    gradients = STEP(
+                        WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
+                        STAGES, True,
+                    )  # fmt: skip
+            for number in range(sweep.count - sweep.unmasked_end, sweep.count - sweep.leading):
+                gradients = STEP(
+                    WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
+                    STAGES, False,
+                )  # fmt: skip
+            for number in range(sweep.count - sweep.leading, sweep.count - sweep.hidden):
+                gradients = STEP(
+                    WARPGROUP, operands, tile, sweep, member, number, gradients, WIDTH, BLOCK_M, BLOCK_N,
+                    STAGES, True,
+                )  # fmt: skip
+            if HIDDEN_STEP is not None:
+                for number in range(sweep.count - sweep.hidden, sweep.count):
+                    step = sweep.steps_before + member * sweep.count + number
+                    HIDDEN_STEP(WARPGROUP, operands, step, WIDTH, BLOCK_M, BLOCK_N, STAGES)
     return gradients
+
+
+@gluon.jit
+def first_query_of(operands, sweep, number, BLOCK_M: gl.constexpr):
+    """First query of the tile that a sweep comes to as number ``number``."""
+    DOWNWARDS: gl.constexpr = operands.founded is not None
+    return backward_work.first_query_of(sweep, number, BLOCK_M, DOWNWARDS)
 
 
 @gluon.jit
@@ -207,7 +243,7 @@ def fill(
     call = operands.call
     member, number = step // sweep.count, step % sweep.count
     head = tile.head_k * call.group + member
-    first_query = sweep.start + number * BLOCK_M
+    first_query = first_query_of(operands, sweep, number, BLOCK_M)
     packed = tile.q_start if call.cu_seqlens_q is not None else None
     q_rows = rows.Rows(None, None, part, None, tile.q_batch, packed, tile.seqlen_q, None)
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)

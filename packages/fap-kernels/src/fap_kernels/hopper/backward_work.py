@@ -33,7 +33,7 @@ class Sweep(NamedTuple):
     """The query tiles that a key tile visits, the same ones of each of the heads that share its key head.
 
     Fields:
-        start: first query of the first tile.
+        start: first query of the first tile. This and what follows counts upwards, whichever way is swept.
         hidden: so many tiles from there on see none of the keys.
         leading: those from there up to this one need a mask, because of ``window_right`` or the keys' end.
         unmasked_end: those from there up to this one need none; all others do, because of ``window_left``.
@@ -135,6 +135,28 @@ def tiles_after(call, tile, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
         diagonal = tile.seqlen_k - tile.seqlen_q
         end = tl.minimum(end, first_query + BLOCK_M + diagonal + call.window_right)
     return (end - 1) // BLOCK_N - tile.first_key // BLOCK_N
+
+
+@triton.jit
+def tiles_before(call, tile, first_query, BLOCK_N: tl.constexpr):
+    """How many key tiles before this one visit the query tile at ``first_query``, which this one visits.
+
+    They lie side by side, as :func:`tiles_after` says, and the first one is the first one whose sweep ends
+    late enough: the one that holds the first key in the window of the tile's first query.
+    """
+    first_key = 0
+    if call.window_left is not None:
+        diagonal = tile.seqlen_k - tile.seqlen_q
+        first_key = tl.maximum(first_query + diagonal - call.window_left, 0)
+    return tile.first_key // BLOCK_N - first_key // BLOCK_N
+
+
+@triton.jit
+def first_query_of(sweep, number, BLOCK_M: tl.constexpr, DOWNWARDS: tl.constexpr):
+    """First query of a sweep's tile number ``number``, counted from the last one on if ``DOWNWARDS``."""
+    if DOWNWARDS:
+        number = sweep.count - 1 - number
+    return sweep.start + number * BLOCK_M
 
 
 @triton.jit

@@ -19,6 +19,7 @@ __all__ = [
     "BACKWARD_256",
     "CLUSTERED_128",
     "FORWARD",
+    "FOUNDED_128",
     "LIFT",
     "ORDERED_64",
     "ORDERED_128",
@@ -143,28 +144,35 @@ class BackwardConfig:
         ordered: let key tiles add to dQ one after the other, though nobody has asked for the same bits on
             every run: then no memory need be zeroed before, nor, with a third warpgroup, dQ be brought to its
             place after, which counts where sequences are short.
+        founded: let the first key tile that visits a query tile store its dQ, and those that follow add in
+            any order once it is there: no memory need be zeroed before either, and the key tiles with most
+            work can come first. For two warpgroups, and programs that are no cluster.
         three: let a third warpgroup make dQ, and programs stay for one key tile after the other, where
             tensors are bfloat16; for width 64.
         cluster: let two programs on different multiprocessors have neighbouring key tiles, and fetch the
             queries or the output's gradient for both, which takes a quarter of the traffic from the L2 cache;
-            for width 128, where the order of additions is free and sequences are not packed.
+            for width 128, neither ordered nor founded, where sequences are not packed.
     """
 
     width: int
     block_m: int
     stages: int
     ordered: bool = False
+    founded: bool = False
     three: bool = False
     cluster: bool = False
 
     def __post_init__(self) -> None:
+        if self.founded and (self.ordered or self.three or self.relay):
+            raise ValueError("founded is for two warpgroups up to 128 columns, and not with ordered")
         if self.three and (self.width, self.block_m) != (64, 128):
             raise ValueError(
                 f"three warpgroups take 64 columns and 128 queries, got {self.width} and {self.block_m}"
             )
-        if self.cluster and (self.width, self.block_m, self.stages, self.ordered) != (128, 64, 2, False):
+        free = not (self.ordered or self.founded)
+        if self.cluster and (self.width, self.block_m, self.stages, free) != (128, 64, 2, True):
             raise ValueError(
-                "programs of a cluster take 128 columns and 64 queries in two stages, in any order"
+                "programs of a cluster take 128 columns, 64 queries in two stages, neither order nor founding"
             )
 
     @property
@@ -380,6 +388,7 @@ BACKWARD_128 = BackwardConfig(width=128, block_m=64, stages=2)
 BACKWARD_256 = BackwardConfig(width=256, block_m=64, stages=2)
 ORDERED_64 = replace(BACKWARD_64, ordered=True)
 ORDERED_128 = replace(BACKWARD_128, ordered=True)
+FOUNDED_128 = replace(BACKWARD_128, founded=True)
 CLUSTERED_128 = replace(BACKWARD_128, cluster=True)
 
 # TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H200, bf16, 16,384
@@ -430,8 +439,11 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               why="with ALiBi the portable kernels are faster: by 1.2 at 4k, causal 1.35"),
     HopperRow(head_dim=128, packed=False, bounded=True, windowed=False, grouped=True, config=BACKWARD_128,
               why="causal, groups of 4: 256 at 512, 456 at 2k; in order 247, 354"),
+    HopperRow(head_dim=128, packed=False, plain=True, windowed=False, grouped=False, seqlen_below=4096,
+              config=FOUNDED_128,
+              why="full 376 at 512, 529 at 2k, causal 252, 457; in order 378, 517, 248, 446"),
     HopperRow(head_dim=128, packed=False, seqlen_below=4096, config=ORDERED_128,
-              why="374 at 512, causal 434 at 2k; free order 348, 406, portable 281, 318, cuDNN 326, 378"),
+              why="of plain calls 374 at 512, causal 434 at 2k; free order 348, 406, portable 281, 318"),
     HopperRow(head_dim=128, bounded=False, plain=True, packed=False, config=CLUSTERED_128,
               why="580 at 8k; no clusters 571; causal 531, 550 (the GPU was slower that day than below)"),
     HopperRow(head_dim=128, bounded=False, config=BACKWARD_128,

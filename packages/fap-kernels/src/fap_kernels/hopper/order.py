@@ -6,6 +6,10 @@ key tiles of smaller number alone. These were begun before, since the hardware s
 their numbers; or, where programs stay, they were drawn before, by programs that run and work on what they
 draw in the order of numbers. So the smallest that is not done can always go on.
 
+Where chance may have its way, but memory shall not be zeroed before, the first program that visits a tile
+stores, and alone counts that it has. All others wait for that, and add in any order; of them all it has the
+smallest number.
+
 The TMA unit adds. PTX calls what it does the asynchronous proxy: an addition that is known to be complete is
 visible to the thread that waited for it, and so to whoever sees that thread count (release and acquire). The
 last one may read the sum then; but between seeing the count and having the TMA unit add, a fence must stand.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from triton.testing import do_bench, do_bench_cudagraph
+from triton.testing import do_bench
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 TOKENS = 16384
 WIDTH = 2048  # nheads * head_dim
+WARM_MS = 200.0
+"""Until an H200 at its power limit has set its clock by what runs now."""
 
 
 class Shape(NamedTuple):
@@ -49,21 +53,56 @@ def median(run: Callable[[], Any], milliseconds: int = 60) -> float:
     return float(do_bench(run, warmup=15, rep=milliseconds, return_mode="median"))
 
 
-def take_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 4) -> dict[str, float]:
+def take_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = 4, warm_ms: float = WARM_MS
+) -> dict[str, float]:
     """Median milliseconds of each run, all of which must be possible in a CUDA graph.
 
-    They take turns. Each turn starts with 80 ms of the run itself that do not count, and each round has
+    They take turns. Each turn starts with ``warm_ms`` of the run itself that do not count, and each round has
     another order: at its power limit a GPU sets its clock by what ran before, and what follows a run that
-    draws more, or less, than it does by itself would read up to 9% wrong. Tensors should not fit the L2
+    draws more, or less, than it does by itself would read up to 10% wrong. Tensors should not fit the L2
     cache, which is not flushed.
     """
+    graphs = {name: _Graph(run) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     rng = random.Random(0)
     for _ in range(rounds):
         for name in rng.sample(list(runs), len(runs)):
-            # Ten replays of a graph of 20 ms.
-            samples[name] += do_bench_cudagraph(runs[name], rep=20, return_mode="all")[4:]
+            samples[name] += graphs[name].sample(warm_ms)
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+class _Graph:
+    """Some 20 ms of a run, so that what the host does between them costs nothing."""
+
+    MILLISECONDS = 20.0
+    SAMPLES = 6
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        run()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(5):
+            run()
+        end.record()
+        end.synchronize()
+        self.calls = max(1, int(5 * self.MILLISECONDS / start.elapsed_time(end)))
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(self.calls):
+                run()
+
+    def sample(self, warm_ms: float) -> list[float]:
+        """Return milliseconds of a call, some times over, after ``warm_ms`` that do not count."""
+        for _ in range(math.ceil(warm_ms / self.MILLISECONDS)):
+            self.graph.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.SAMPLES + 1)]
+        events[0].record()
+        for event in events[1:]:
+            self.graph.replay()
+            event.record()
+        events[-1].synchronize()
+        return [a.elapsed_time(b) / self.calls for a, b in itertools.pairwise(events)]
 
 
 def heat(seconds: float = 1.0) -> None:

@@ -1,6 +1,7 @@
 """The Hopper backward on a GPU: against the float64 oracle, at adversarial scales, and on odd shapes.
 
-Each case runs twice in no fixed order of additions, and twice in a fixed one.
+Each case runs twice in no fixed order of additions, or after a first one that stores, and twice in a fixed
+one.
 """
 
 from __future__ import annotations
@@ -143,12 +144,13 @@ def test_the_first_key_tile_of_packed_sequences_stores(seed: int, monkeypatch: p
     check_packed(128, seed)
 
 
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (300, 0)}], ids=str)
 def test_more_key_tiles_than_run_at_a_time_wait_for_the_first(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found_dq(monkeypatch, True)
-    check(*draw(3, 1500, 1700, 16, 16, 128), **options)
+    check(*draw(3, 1500, 1700, 16, 16, 128, dtype), **options)
 
 
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)

@@ -114,6 +114,8 @@ def _plan_gradients(
     founded = _founded(problem, config)
     if config.relay and additions is not None:
         raise ValueError("the relay adds up dQ in no fixed order")
+    if founded and additions is None:
+        raise ValueError("where the first key tile stores dQ, it must be counted that it has")
     cluster = CLUSTER.value if _in_clusters(problem, config) else 1
     rows = config.block_n * cluster
     tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, rows)

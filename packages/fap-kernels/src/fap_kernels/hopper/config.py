@@ -164,7 +164,7 @@ class BackwardConfig:
 
     def __post_init__(self) -> None:
         if self.founded and (self.ordered or self.three or self.relay):
-            raise ValueError("founded is for two warpgroups up to 128 columns, and not with ordered")
+            raise ValueError("founded is for two warpgroups, up to 128 columns, and not with ordered")
         if self.three and (self.width, self.block_m) != (64, 128):
             raise ValueError(
                 f"three warpgroups take 64 columns and 128 queries, got {self.width} and {self.block_m}"
@@ -443,7 +443,7 @@ BACKWARD: tuple[HopperRow[BackwardConfig], ...] = (
               config=FOUNDED_128,
               why="full 376 at 512, 529 at 2k, causal 252, 457; in order 378, 517, 248, 446"),
     HopperRow(head_dim=128, packed=False, seqlen_below=4096, config=ORDERED_128,
-              why="of plain calls 374 at 512, causal 434 at 2k; free order 348, 406, portable 281, 318"),
+              why="plain calls, which the row above has since: 374 at 512, causal 434 at 2k; free 348, 406"),
     HopperRow(head_dim=128, bounded=False, plain=True, packed=False, config=CLUSTERED_128,
               why="580 at 8k; no clusters 571; causal 531, 550 (the GPU was slower that day than below)"),
     HopperRow(head_dim=128, bounded=False, config=BACKWARD_128,

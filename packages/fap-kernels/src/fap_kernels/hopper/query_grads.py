@@ -22,8 +22,9 @@ def hopper_query_grads_kernel(
     """Write ``dq = dq_acc * softmax_scale``. Grid: (batch, query head, 64 queries), the queries fastest.
 
     ``dq_acc`` is float32 ``(batch, nheads, rows_padded, WIDTH)``, batch 1 where packed, in tiles of 64 x 64,
-    those of the same rows one after the other. ``additions`` is None, or 0 for each 64 rows, of ``BLOCK_M``
-    at their first ones, to which nothing was added: there ``dq_acc`` may hold anything.
+    those of the same rows one after the other. ``additions`` is None, or a number for each 64 rows, of
+    which ``BLOCK_M`` rows have that of their first ones: where it is 0, ``dq_acc`` may hold anything, since
+    nothing was added.
     """
     packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
     batch, head, first = tiles.place(nheads, seqlen_q, packed, ROWS, False)

@@ -24,6 +24,7 @@ from test_hopper import PROCESSORS, describe, gluon_is_here
 from fap_kernels import explain_schedule, use_schedule
 from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs
+from fap_kernels.direct import is_descriptor
 from fap_kernels.hopper.backward_launch import empty_dq_acc, plan_hopper_backward
 from fap_kernels.hopper.conditions import backward_reasons_against
 from fap_kernels.hopper.config import (
@@ -151,6 +152,36 @@ def test_where_the_first_one_stores_nothing_is_zeroed_but_counters() -> None:
     for config in (ORDERED_128, BACKWARD_64, BACKWARD_256):
         with pytest.raises(ValueError, match="founded is for two warpgroups"):
             replace(config, founded=True)
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    ("config", "deterministic"),
+    [(None, False), (None, True), (FOUNDED_128, False), (FOUNDED_128, True), (CLUSTERED_128, False),
+     (BACKWARD_256, False)],
+)  # fmt: skip
+def test_a_repeated_call_knows_all_tensors_by_name(
+    config: BackwardConfig | None, deterministic: bool
+) -> None:
+    """Kernels take what a plan makes by the name that it has there, or calls are not kept."""
+    width = 64 if config is None else config.width
+    call = {"head_dim": width, "seqlen_q": 1024, "seqlen_k": 1024, "deterministic": deterministic}
+    problem, inputs = describe(**call)[0], inputs_of(**call)
+    dout, out, dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, *inputs[:3], inputs.v))
+    inputs = inputs._replace(dout=dout)
+    softmax_lse, dlse = (torch.empty(1, problem.nheads, 1024) for _ in range(2))
+    launches, workspaces = plan_hopper_backward(
+        problem, 2, inputs, out, softmax_lse, dlse, dq, dk, dv, config
+    )
+    named = {
+        **inputs._asdict(), "out": out, "softmax_lse": softmax_lse, "dlse": dlse,
+        "dq": dq, "dk": dk, "dv": dv, **workspaces,
+    }  # fmt: skip
+    for launch in launches:
+        for name, value in launch.arguments.items():
+            tensor = value.base if is_descriptor(value) else value
+            if isinstance(tensor, torch.Tensor):
+                assert tensor is named[name.removesuffix("_part0")], f"{name} of {launch.kernel}"
 
 
 @needs_gluon

@@ -6,10 +6,11 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from fap_kernels.hopper.config import BACKWARD
 from fap_kernels.replay import Replays
 from fap_testing.reference import attention_baseline_gradients, attention_reference_gradients
 from fap_testing.reference_varlen import attention_varlen_reference_gradients
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +62,31 @@ def found_dq(monkeypatch: pytest.MonkeyPatch, founded: bool) -> None:
     keep_no_launches(monkeypatch)
 
 
+def finish_dq(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Have programs finish the dQ of others, as those of a chip with few multiprocessors would."""
+    rows = []
+    for row in BACKWARD:
+        config = row.config
+        if config is not None and config.width >= 128:
+            config = replace(
+                config, ordered=False, finishing=True, **(changes if config.width == 128 else {})
+            )
+        rows.append(replace(row, config=config))
+    for module in (backward_launch, conditions):
+        monkeypatch.setattr(module, "BACKWARD", tuple(rows))
+    pretend(monkeypatch, 4)
+
+
+@contextlib.contextmanager
+def filled_with_nan() -> Iterator[None]:
+    """What is allocated is filled with NaN, so that what no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def keep_no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were kept know nothing of what a test pretends: none are taken, and none are left."""
     for module in ("attention", "varlen"):
@@ -87,10 +116,10 @@ def check(
     out, lse, *right = attention_reference_gradients(q, k, v, dout.double(), wide, **options)
     plain = attention_baseline_gradients(q, k, v, dout, dlse, **options)[2:]
     call = (dout, q, k, v, out.to(q.dtype).contiguous(), lse.float().contiguous())
-    with use_schedule("hopper"):
+    with use_schedule("hopper"), filled_with_nan():
         mine = attention_backward(*call, dlse=dlse, **options)
         again = attention_backward(*call, dlse=dlse, **options)
-    with schedule_in_order(q.shape[-1]):
+    with schedule_in_order(q.shape[-1]), filled_with_nan():
         fixed, fixed_again = (
             attention_backward(*call, dlse=dlse, deterministic=True, **options) for _ in range(2)
         )
@@ -136,6 +165,35 @@ def test_the_first_key_tile_stores_and_the_others_add(
 ) -> None:
     found_dq(monkeypatch, True)
     test_against_the_oracle(head_dim, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", ERRORS, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "changes"),
+    [(72, {"founded": True, "cluster": False}), (128, {"founded": True, "cluster": False}),
+     (128, {"founded": False, "cluster": False}), (128, {"founded": False, "cluster": True}), (160, {}), (256, {})],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (90, 30)}, {"softcap": 9.0}], ids=str
+)
+def test_programs_finish_the_dq_of_heads_that_are_done(
+    head_dim: int, changes: dict[str, bool], options: dict[str, Any], dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    finish_dq(monkeypatch, **changes)
+    for seqlen_q, seqlen_k in ((700, 700), (900, 260), (100, 1100)):
+        for nheads_k in (4, 2):
+            check(*draw(6, seqlen_q, seqlen_k, 4, nheads_k, head_dim, dtype), **options)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_programs_finish_dq_on_the_whole_chip(
+    head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_dq(monkeypatch)
+    monkeypatch.setattr("fap_kernels.target._processors_of_index", lambda index: 132)
+    check(*draw(8, 1000, 1000, 16, 16, head_dim), causal=causal)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -326,12 +384,15 @@ def test_a_fixed_order_gives_equal_gradients_on_250_runs(head_dim: int, causal: 
 @pytest.mark.parametrize("batch", [1, 30])  # with more key tiles than programs these draw them
 @pytest.mark.parametrize(
     ("head_dim", "order"),
-    [(64, "free"), (64, "fixed"), (128, "free"), (128, "founded"), (128, "fixed"), (256, "free")],
-)
+    [(64, "free"), (64, "fixed"), (128, "free"), (128, "founded"), (128, "fixed"), (128, "finished"),
+     (256, "free"), (256, "finished")],
+)  # fmt: skip
 def test_a_graph_starts_from_zero_when_it_is_replayed(
     head_dim: int, order: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found_dq(monkeypatch, order == "founded")
+    if order == "finished":
+        finish_dq(monkeypatch)
     deterministic = order == "fixed"
     q, k, v, dout = draw(batch, 700, 900, 4, 2, head_dim)
     out, lse, *right = attention_reference_gradients(q, k, v, dout.double())

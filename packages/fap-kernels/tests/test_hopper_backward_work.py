@@ -16,7 +16,7 @@ from fap_kernels import AttentionProblem
 from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs, plan_delta
 from fap_kernels.hopper import backward_work, work
-from fap_kernels.hopper.backward_launch import empty_additions, plan_query_grads
+from fap_kernels.hopper.backward_launch import empty_additions, lag_of, plan_query_grads
 from fap_kernels.packing import Packing, slot_count
 
 pytestmark = pytest.mark.interpreter
@@ -106,6 +106,25 @@ def programs(
         None if packed else heads_beside, block_m, BLOCK_N, last_first, cluster, founded,
     )  # fmt: skip
     return found.tolist(), waits.tolist()
+
+
+@triton.jit
+def list_shares(
+    found, nheads, group, seqlen_q, seqlen_k, items, heads_beside,
+    BLOCK_N: tl.constexpr, CLUSTER: tl.constexpr,
+):  # fmt: skip
+    """Write down the share of each item, ``(items, 5)``."""
+    call = work.Call(
+        None, None, None, None, None, None, nheads, group, seqlen_q, seqlen_k, None, None, items,
+        heads_beside, None, True if CLUSTER else None,
+    )  # fmt: skip
+    share = backward_work.share_of(call, tl.program_id(0), BLOCK_N, 64)
+    row = found + tl.program_id(0) * 5
+    tl.store(row, share.batch)
+    tl.store(row + 1, share.head_k)
+    tl.store(row + 2, share.first)
+    tl.store(row + 3, share.end)
+    tl.store(row + 4, share.programs)
 
 
 def visible(seqlen_q: int, seqlen_k: int, window: tuple[Any, Any]) -> torch.Tensor:
@@ -428,6 +447,11 @@ def test_dq_comes_to_its_place(head_dim: int, width: int, packed: bool) -> None:
     dq = torch.full_like(q, torch.nan)
     plan_query_grads(problem, inputs, dq_acc, dq, overlap=False).run(q.device)
     torch.testing.assert_close(dq, expected)
+    if not packed:  # the first head of the second entry is the third one
+        dq = torch.full_like(q, torch.nan)
+        plan_query_grads(problem, inputs, dq_acc, dq, first_head=3, overlap=False).run(q.device)
+        expected[0], expected[1, :, 0] = torch.nan, torch.nan
+        torch.testing.assert_close(dq, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(("head_dim", "block_m"), [(64, 128), (96, 64)])
@@ -452,10 +476,43 @@ def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
     assert additions is not None
     additions.fill_(7)
     lse, tickets = torch.zeros(q.shape[0], 2, q.shape[1]), torch.full((1,), 7, dtype=torch.int32)
-    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, tickets).run(q.device)
+    heads_done = None if packed else torch.full((problem.batch, 2), 7, dtype=torch.int32)
+    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, tickets, heads_done).run(q.device)
     assert tickets.item() == 0
+    assert heads_done is None or heads_done.eq(0).all()
     lengths = [70, 0, 150] if packed else [150]
     for start, length in zip(starts, lengths, strict=True):
         swept = dq_acc[:, :, start : start + -(-length // 128) * 128]
         assert swept.eq(0.0).all()
         assert additions[:, :, start // 64 : (start + length + 63) // 64].eq(0).all()
+
+
+@pytest.mark.parametrize("seed", range(0, 80, 2))
+def test_shares_of_a_head_are_its_queries_and_go_with_programs_that_have_begun(seed: int) -> None:
+    """What :func:`fap_kernels.hopper.backward_launch.plan_hopper_backward` makes of the lag, too."""
+    drawn, rng = draw(seed), random.Random(seed)
+    cluster, processors = rng.random() < 0.5, rng.choice([1, 2, 5])
+    batch, nheads_k = len(drawn.lengths_q), drawn.nheads // drawn.group
+    seqlen_q, seqlen_k = drawn.lengths_q[0], drawn.lengths_k[0]
+    together = 2 if cluster else 1
+    count = -(-seqlen_k // (BLOCK_N * together))
+    items = batch * nheads_k * count
+    shares = torch.zeros(items, 5, dtype=torch.int32)
+    list_shares[(items,)](
+        shares, drawn.nheads, drawn.group, seqlen_q, seqlen_k, items, drawn.heads_beside, BLOCK_N, cluster
+    )
+    rows: dict[tuple[int, int], list[int]] = {}
+    for entry, head, first, end, working in shares.tolist():
+        assert working == count * together
+        rows.setdefault((entry, head), []).extend(range(first, end, 64))
+    assert len(rows) == batch * nheads_k
+    assert all(sorted(found) == list(range(0, seqlen_q, 64)) for found in rows.values())
+    items_of: dict[tuple[int, ...], list[int]] = {}
+    for item, share in enumerate(shares.tolist()):
+        items_of.setdefault(tuple(share[:2]), []).append(item)
+    lag = lag_of(items, count * drawn.heads_beside, processors)
+    finished = sorted(items_of)[: (items - lag) // count]
+    begun = {tuple(share[:2]) for share in shares[: items - lag].tolist()}
+    assert begun == set(finished), "the launch behind has the other heads"
+    for item, share in enumerate(shares[: items - lag].tolist()):
+        assert max(items_of[tuple(share[:2])]) < item + lag, "a program that has not begun is waited for"

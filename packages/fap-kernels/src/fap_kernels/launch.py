@@ -70,6 +70,8 @@ UNSPECIALIZED = (
     "tile_count",
     "items",
     "heads_beside",
+    "lag",
+    "first_tile",
 )
 """Numbers whose value must never make Triton compile again."""
 

@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
-    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions, tickets, lift,
+    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions, tickets, heads_done, lift,
     cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -34,7 +34,7 @@ def attention_delta_kernel(
     ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
     that follows adds dQ up, that costs no pass of its own here. So is ``additions``, one number for each
     ``BLOCK_M`` rows, or None: what that kernel counts in. ``tickets`` is None or one number, from which its
-    programs draw what they work on, and is set to zero too.
+    programs draw what they work on, and is set to zero too. So is ``heads_done``, one number for each head.
 
     With ``RELEASE`` the kernel that follows may start at once, and waits by itself for what is stored here.
     """
@@ -77,3 +77,5 @@ def attention_delta_kernel(
         )
     if additions is not None:
         tl.store(additions + padded_first // BLOCK_M, 0)
+    if heads_done is not None and first == 0:
+        tl.store(heads_done + q_batch * nheads + head, 0)

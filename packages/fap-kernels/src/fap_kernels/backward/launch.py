@@ -61,6 +61,7 @@ def plan_delta(
     dq_acc: torch.Tensor | None = None,
     additions: torch.Tensor | None = None,
     tickets: torch.Tensor | None = None,
+    heads_done: torch.Tensor | None = None,
     lift: int = 0,
     negative: bool = False,
     release: bool = False,
@@ -71,6 +72,7 @@ def plan_delta(
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
         tickets: int32 ``(1,)``; likewise.
+        heads_done: int32 ``(batch, nheads)``, contiguous; likewise, where no sequences are packed.
         lift: lower the LSE by so much, so that weights come out 2^lift times as large.
         negative: fill ``inputs.delta`` with ``-delta``.
         release: let the launch that follows start while this one runs, if it is one that overlaps.
@@ -95,6 +97,7 @@ def plan_delta(
             "dq_acc": dq_acc,
             "additions": additions,
             "tickets": tickets,
+            "heads_done": heads_done,
             "lift": float(lift),
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,

@@ -55,7 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..backward.step import products_grad
 from ..language import grid, rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, backward_work, barriers, cluster, order, ring, work
+from . import backward_tiles, backward_work, barriers, cluster, finishing, order, ring, work
 from .backward_tiles import ROWS, THREADS, WITH_ANOTHER
 from .compat import barrier, tma_add, tma_store
 
@@ -66,6 +66,9 @@ LSE = gl.constexpr(6 * cluster.DESCRIPTOR.value)
 DELTA = gl.constexpr(6 * cluster.DESCRIPTOR.value + cluster.VECTOR.value)
 """The numbers of their tensor maps among the kernel's parameters."""
 
+SENDERS = gl.constexpr(2)
+"""Warps that send dQ."""
+
 NUMBERS = gl.constexpr(224 << 10)
 BARRIERS = gl.constexpr(225 << 10)
 """Where the numbers of rows lie in the shared memory of a cluster's programs, and where barriers. All tiles
@@ -74,8 +77,9 @@ lie before them: 128 KB that the TMA unit fills, 64 KB of dQ, 32 KB of dS."""
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_kernel(
-    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
-    additions, heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0,
+    dq_part0, dq_acc_part0, dq_acc, additions, heads_done, lag, heads_beside, rows_padded,
+    alibi_slopes, alibi_stride,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -88,6 +92,9 @@ def hopper_backward_kernel(
 
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. With
     ``CLUSTER`` two of neighbouring numbers have neighbouring key tiles, and sweep the same queries.
+
+    With ``heads_done``, which are zeros at first, programs from number ``lag`` on begin with a share of the
+    dQ of others, as :mod:`fap_kernels.hopper.finishing` says. Only then are there ``dq`` and ``dq_acc``.
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
@@ -111,8 +118,9 @@ def hopper_backward_kernel(
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, q_shared, dout_shared, alibi_stride, room.queries, room.douts, room.k, room.v,
-        room.k_full, room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0,
-        None, None, additions, True if FOUNDED else None, rows_padded,
+        room.k_full, room.v_full, None, None, exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0,
+        None, dq_acc, additions, True if FOUNDED else None,
+        None if heads_done is None else finishing.Finishing(heads_done, lag), rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
@@ -291,6 +299,7 @@ def _send(
             barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
             tma_add(operands.dq_acc, coordinates, place)
             tma.store_wait(0)
+    finishing.count(operands, tile)
 
 
 @gluon.jit
@@ -302,6 +311,9 @@ def _multiply(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     _begin(operands, False)
+    finishing.finish_share(
+        WARPGROUP, operands, operands.exchange, WARPGROUP, BLOCK_N // ROWS, SENDERS, 1.0, WIDTH, BLOCK_N
+    )
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)

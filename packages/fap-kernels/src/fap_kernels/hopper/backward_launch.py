@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..backward.launch import BackwardInputs
     from ..problem import AttentionProblem
 
-__all__ = ["empty_additions", "empty_dq_acc", "plan_hopper_backward", "plan_query_grads"]
+__all__ = ["empty_additions", "empty_dq_acc", "lag_of", "plan_hopper_backward", "plan_query_grads"]
 
 LINE = 256
 """Numbers in a line of ``dq_acc`` as the TMA unit sees it, the most it takes; a 64 x 64 tile is 16 lines."""
@@ -75,19 +75,19 @@ def plan_hopper_backward(
     if additions is not None:
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
     finishes = _finishes(problem, config, additions)
-    gradients = _plan_gradients(
-        problem, processors, inputs, dq_acc, dq if finishes else None, dk, dv, additions, config
-    )
-    tickets = gradients.arguments.get("tickets")
-    if tickets is not None:
-        workspaces, zeroed = workspaces | {"tickets": tickets}, zeroed | {"tickets": tickets}
+    gradients = _plan_gradients(problem, processors, inputs, dq_acc, dq, dk, dv, additions, config)
+    for name in ("tickets", "heads_done"):
+        counters = gradients.arguments.get(name)
+        if counters is not None:
+            workspaces, zeroed = workspaces | {name: counters}, zeroed | {name: counters}
     lift = _lift(problem, config)
     launches = [
         plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, release=True, **zeroed),
         gradients,
     ]
     if not finishes:
-        launches.append(plan_query_grads(problem, inputs, dq_acc, dq, additions, config))
+        first_head = _heads_finished(problem, gradients)
+        launches.append(plan_query_grads(problem, inputs, dq_acc, dq, additions, config, first_head))
     return launches, workspaces
 
 
@@ -104,8 +104,9 @@ def _plan_gradients(
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    So must its ``tickets``, if it has any. With ``additions``, which must hold zeros instead, it adds in the
-    same order on every run, or in any once the first one has stored; in order it may fill ``dq`` as well.
+    So must its ``tickets`` and its ``heads_done``, if it has any. With ``additions``, which must hold zeros
+    instead, it adds in the same order on every run, or in any once the first one has stored. It fills ``dq``
+    if it finishes it, and that of the first heads if it has ``heads_done``.
     """
     from .backward import hopper_backward_kernel
     from .backward_relay import hopper_backward_relay_kernel
@@ -120,11 +121,15 @@ def _plan_gradients(
     rows = config.block_n * cluster
     tiles, slots = tiles_of(inputs.packing, inputs.k, problem.batch, problem.seqlen_k, rows)
     programs = items = problem.nheads_k * tiles
-    own: dict[str, Any]  # what only one of the kernels takes
+    packed = problem.packed
+    in_order = additions is not None and not founded
+    beside = None if packed else _heads_beside(problem, processors // cluster, rows, in_order)
+    own: dict[str, Any]  # what only some of the kernels take
     if config.relay:
         kernel, own = hopper_backward_relay_kernel, {}
     elif _in_three(problem, config):
-        kernel, own = hopper_backward_three_kernel, _in_order_by_three(additions, dq_acc, dq)
+        kernel = hopper_backward_three_kernel
+        own = _in_order_by_three(additions, dq_acc, dq if _finishes(problem, config, additions) else None)
         programs = min(processors, items)
         # Where each program has but one tile, there is none to draw.
         drawn = torch.empty(1, dtype=torch.int32, device=inputs.q.device) if items > programs else None
@@ -132,11 +137,10 @@ def _plan_gradients(
     else:
         kernel = hopper_backward_kernel
         own = {"additions": additions, "FOUNDED": founded, "CLUSTER": cluster > 1}
+    if not _in_three(problem, config):
+        own |= _finishing(problem, config, items, beside, processors // cluster, dq_acc, dq)
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
     dq_tiles = 2 if kernel is hopper_backward_kernel else 1
-    packed = problem.packed
-    in_order = additions is not None and not founded
-    beside = None if packed else _heads_beside(problem, processors // cluster, rows, in_order)
     return Launch(
         kernel=kernel,
         programs=programs * cluster,
@@ -177,20 +181,23 @@ def plan_query_grads(
     dq: torch.Tensor,
     additions: torch.Tensor | None = None,
     config: BackwardConfig | None = None,
+    first_head: int = 0,
     overlap: bool = True,
 ) -> Launch:
     """The launch that fills ``dq`` from ``dq_acc``, which was added to with these ``additions``.
 
     Args:
+        first_head: the first of the batch's heads whose dQ is not at its place yet.
         overlap: start while the kernel before it still runs, and wait for it.
     """
     config = config or _configured(problem)
     lift = _lift(problem, config)
     packing = packing_arguments(inputs.packing)
     tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, problem.seqlen_q, WARPGROUP_ROWS)
+    first_tile = first_head * -(-problem.seqlen_q // WARPGROUP_ROWS)
     return Launch(
         kernel=hopper_query_grads_kernel,
-        programs=problem.nheads * tiles,
+        programs=problem.nheads * tiles - first_tile,
         arguments={
             "dq_acc": dq_acc,
             "additions": additions,
@@ -202,6 +209,7 @@ def plan_query_grads(
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,
             "rows_padded": dq_acc.shape[2],
+            "first_tile": first_tile or None,
             "softmax_scale": problem.softmax_scale * 2.0**-lift,
             "HEAD_DIM": problem.head_dim,
             "WIDTH": dq_acc.shape[3],
@@ -260,6 +268,54 @@ def _in_order_by_three(
     """What lets three warpgroups add in a fixed order, and finish ``dq``."""
     part = None if dq is None else tile_descriptor(dq, WARPGROUP_ROWS, WARPGROUP_ROWS, False)
     return {"additions": additions, "dq_part0": part, "dq_acc": None if dq is None else dq_acc}
+
+
+def _finishing(
+    problem: AttentionProblem,
+    config: BackwardConfig,
+    items: int,
+    beside: int | None,
+    processors: int,
+    dq_acc: torch.Tensor,
+    dq: torch.Tensor,
+) -> dict[str, Any]:
+    """What lets programs begin with a share of the dQ of heads that are done.
+
+    Args:
+        items: key tiles, or pairs of them where programs form clusters.
+        beside: how many key heads are worked on side by side.
+        processors: how many items are worked on at a time.
+    """
+    lag = items
+    if config.finishing and beside is not None and items > 0:
+        lag = lag_of(items, items // (problem.batch * problem.nheads_k) * beside, processors)
+    if lag == items:  # of no head
+        return {"dq_part0": None, "dq_acc": None, "heads_done": None, "lag": None}
+    heads = problem.batch * problem.nheads
+    return {
+        "dq_part0": tile_descriptor(dq, WARPGROUP_ROWS, WARPGROUP_ROWS, False),
+        "dq_acc": dq_acc,
+        "heads_done": torch.empty(heads, dtype=torch.int32, device=dq.device),
+        "lag": lag,
+    }
+
+
+def lag_of(items: int, block: int, processors: int) -> int:
+    """By how much the item is smaller, of ``items``, whose share of dQ a program brings to its place.
+
+    Args:
+        block: how many items the heads have that are worked on side by side.
+        processors: how many items are worked on at a time.
+    """
+    # When a program begins, all of the heads whose share it may have are begun, and by far most are done,
+    # though the longest take twice as long as most. What is left over are whole heads.
+    return items - max(items - block - 2 * processors, 0) // block * block
+
+
+def _heads_finished(problem: AttentionProblem, gradients: Launch) -> int:
+    """To how many of the batch's heads the launch of the gradients brings dQ itself."""
+    lag, items = gradients.arguments.get("lag"), gradients.arguments["items"]
+    return 0 if lag is None else (items - lag) * problem.batch * problem.nheads // items
 
 
 def _heads_beside(problem: AttentionProblem, processors: int, rows: int, in_order: bool) -> int:

@@ -46,22 +46,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, barriers, ring, work
+from . import backward_tiles, barriers, finishing, ring, work
 from .backward_third import ALL, SLOTS, make_dq
 from .backward_tiles import LOWER, ROWS, THREADS
 from .compat import reinterpret
 
+SENDERS = gl.constexpr(4)
+"""Warps that count what the third warpgroup has sent."""
+
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_relay_kernel(
-    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0, dq_acc_part0,
-    heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0,
+    dq_part0, dq_acc_part0, dq_acc, heads_done, lag, heads_beside, rows_padded,
+    alibi_slopes, alibi_stride,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
+
+    ``heads_done`` and what belongs to it are as in :mod:`fap_kernels.hopper.backward`.
 
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
     """
@@ -78,8 +84,8 @@ def hopper_backward_relay_kernel(
     fence_async_shared()
     operands = backward_tiles.Operands(
         call, score, None, None, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full,
-        room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None,
-        None, rows_padded,
+        room.v_full, None, None, exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0, None, dq_acc,
+        None, None, None if heads_done is None else finishing.Finishing(heads_done, lag), rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     LOWERED: gl.constexpr = LOWER if q_part0.dtype == gl.bfloat16 else 1.0
@@ -104,6 +110,7 @@ def _make_dv(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    finishing.finish_share(0, operands, operands.exchange, 0, 1, SENDERS, LOWERED, WIDTH, BLOCK_N)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     dv = backward_tiles.sweep_queries(
@@ -171,6 +178,9 @@ def _make_dk(
     queries, douts = operands.queries, operands.douts
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     steps = call.group * sweep.count
+    # The third warpgroup writes there once this one has handed gradients on.
+    staging = operands.staging.index(0).reshape([2, ROWS, ROWS])
+    finishing.finish_share(1, operands, staging, 0, 1, SENDERS, LOWERED, WIDTH, BLOCK_N)
     v = ring.matrix(operands.v, BLOCK_N, WIDTH)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.v_full, 0, pred=steps > 0)

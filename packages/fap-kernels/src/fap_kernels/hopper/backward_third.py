@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..language import grid
-from . import announcements, backward_tiles, backward_work, barriers, order, ring
+from . import announcements, backward_tiles, backward_work, barriers, finishing, order, ring
 from .backward_tiles import KEY_TILES, ROWS, THREADS
-from .compat import reinterpret, tma_add, tma_store
+from .compat import barrier, reinterpret, tma_add, tma_store
 
 SLOTS = gl.constexpr(2)
 """Of the exchange."""
@@ -72,6 +72,11 @@ def make_dq(
         STAGES, PADDING, False,
     )  # fmt: skip
     tma.store_wait(0)
+    if operands.finishing is not None:
+        # One thread had the TMA unit add, and each warp counts: so each knows that all has arrived.
+        order.wait_until_added()
+        barrier()
+        finishing.count(operands, tile)
 
 
 @gluon.jit
@@ -205,7 +210,7 @@ def _make_tiles(
             if part > 0 and part % ACROSS == 0:
                 order.wait_for(counter + part // ACROSS, before)
             start = position.to(gl.int64) * WIDTH + part * ROWS * ROWS
-            dq = _sums(operands, start, before > 0, dq)
+            dq = backward_tiles.sums_at(operands.dq_sums + start, before > 0, DQ)
         left = ds.slice(part // ACROSS * ROWS, ROWS, 1).permute([1, 0])
         right = keys.slice(part % ACROSS * ROWS, ROWS, 1)
         dq = warpgroup_mma(left, right, dq, use_acc=LAST, is_async=True)
@@ -322,16 +327,3 @@ def _write(dq_part0, place, dq, coordinates, PLACES: gl.constexpr):
     ring.matrix(tile, ROWS, ROWS).store(dq.to(dq_part0.dtype))
     fence_async_shared()
     tma_store(dq_part0, coordinates, tile)
-
-
-@gluon.jit
-def _sums(operands, start, there, zeros):
-    """What other key tiles have added to a tile of dQ, to go on from; zeros unless ``there``."""
-    LINES: gl.constexpr = backward_tiles.as_registers_hold_it(zeros).type.layout
-    line = gl.arange(0, 16, gl.SliceLayout(1, LINES))[:, None]
-    number = gl.arange(0, 256, gl.SliceLayout(0, LINES))[None, :]
-    # They were added in the L2 cache. No other cache may answer.
-    sums = gl.load(
-        operands.dq_sums + start + line * 256 + number, mask=there, other=0.0, cache_modifier=".cg"
-    )
-    return gl.convert_layout(backward_tiles.as_matrix(sums), zeros.type.layout, assert_trivial=True)

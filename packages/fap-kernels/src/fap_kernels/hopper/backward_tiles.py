@@ -46,11 +46,14 @@ class Operands(NamedTuple):
             warpgroup has it to itself, for tiles of 64 x 64.
         dk, dv, dq_acc: descriptors of the results.
         handover: where tiles of dQ are handed to warps that send them, else None.
-        dq, dq_sums: where the last one to add finishes dQ, its descriptor and the address of ``dq_acc``.
+        dq, dq_sums: where the last one to add finishes dQ, or others do, its descriptor and the address of
+            ``dq_acc``; else None.
         additions: how many key tiles were counted that added to each 64 rows of ``dq_acc``; None if none is
             counted, and it holds zeros at first.
         founded: True where the first key tile to visit a query tile stores, and is counted alone, and those
             that follow add in any order; all sweep the queries downwards then. Else None.
+        finishing: the :class:`fap_kernels.hopper.finishing.Finishing` of programs that begin with a share of
+            the dQ of others; None where a launch behind this one finishes all of it.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
     """
 
@@ -77,6 +80,7 @@ class Operands(NamedTuple):
     dq_sums: Any
     additions: Any
     founded: Any
+    finishing: Any
     rows_padded: Any
 
 
@@ -287,6 +291,23 @@ def as_registers_hold_it(dq):
 def as_matrix(lines):
     """What :func:`as_registers_hold_it` made of a 64 x 64 tile, as this tile again."""
     return lines.reshape([8, 4, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5]).reshape([ROWS, ROWS])
+
+
+@gluon.jit
+def sums_at(start, there, LAYOUT: gl.constexpr):
+    """A 64 x 64 tile that :func:`as_registers_hold_it` came to memory by, zeros unless ``there``.
+
+    Args:
+        start: address of its first number.
+        LAYOUT: that of an accumulator.
+    """
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, LAYOUT)
+    LINES: gl.constexpr = as_registers_hold_it(zeros).type.layout
+    line = gl.arange(0, 16, gl.SliceLayout(1, LINES))[:, None]
+    number = gl.arange(0, 256, gl.SliceLayout(0, LINES))[None, :]
+    # They were added in the L2 cache. No other cache may answer.
+    sums = gl.load(start + line * 256 + number, mask=there, other=0.0, cache_modifier=".cg")
+    return gl.convert_layout(as_matrix(sums), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit

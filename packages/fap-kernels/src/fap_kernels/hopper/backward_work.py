@@ -159,6 +159,45 @@ def first_query_of(sweep, number, BLOCK_M: tl.constexpr, DOWNWARDS: tl.constexpr
     return sweep.start + number * BLOCK_M
 
 
+class Share(NamedTuple):
+    """Rows of all query heads of a key head: those that an item of its key tiles stands for.
+
+    Fields:
+        batch, head_k: whose they are.
+        first, end: they go from the one up to the other, both multiples of 64.
+        programs: how many programs work on the head.
+    """
+
+    batch: Any
+    head_k: Any
+    first: Any
+    end: Any
+    programs: Any
+
+
+@triton.jit
+def share_of(call, item, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
+    """The share of a head's queries that goes with item number ``item`` of its keys; none are packed.
+
+    All have the same number of tiles of ``ROWS`` rows, but the last ones, which may have fewer, or none.
+    """
+    TOGETHER: tl.constexpr = 1 if call.cluster is None else work.CLUSTER
+    batch, head_k, first_key = tiles.place_beside(
+        item,
+        call.nheads // call.group,
+        call.heads_beside,
+        call.items,
+        call.seqlen_k,
+        BLOCK_N * TOGETHER,
+        False,
+    )
+    count = tl.cdiv(call.seqlen_k, BLOCK_N * TOGETHER)
+    end = tl.cdiv(call.seqlen_q, ROWS) * ROWS
+    rows = tl.cdiv(end // ROWS, count) * ROWS
+    first = first_key // (BLOCK_N * TOGETHER) * rows
+    return Share(batch, head_k, first, tl.minimum(first + rows, end), count * TOGETHER)
+
+
 @triton.jit
 def vector_position(call, tile, head, first_query, rows_padded, PADDING: tl.constexpr):
     """Where a head's numbers from ``first_query`` on lie in the vectors of one number a query row."""

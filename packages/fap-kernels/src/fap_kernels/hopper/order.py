@@ -24,7 +24,7 @@ from triton.experimental.gluon.language._core import builtin
 
 from .compat import assemble
 
-__all__ = ["count_when_added", "wait_for"]
+__all__ = ["count_when_added", "wait_for", "wait_until_added"]
 
 _WAIT = """{
 .reg .pred missing;
@@ -57,6 +57,12 @@ def wait_for(counter: Any, additions: Any, _semantic: Any = None) -> None:
 def count_when_added(counter: Any, _semantic: Any = None) -> None:
     """Wait until all that this warp had the TMA unit add has arrived in memory, and count one addition."""
     assemble(_COUNT, [_address(counter, _semantic)], _semantic, "l")
+
+
+@builtin
+def wait_until_added(_semantic: Any = None) -> None:
+    """Wait until all that this thread had the TMA unit add has arrived in memory."""
+    assemble("cp.async.bulk.wait_group 0; mov.u32 $0, 0;", [], _semantic)
 
 
 def _address(pointer: Any, semantic: Any) -> Any:

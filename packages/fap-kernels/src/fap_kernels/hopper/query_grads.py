@@ -15,11 +15,13 @@ ROWS: tl.constexpr = tl.constexpr(64)
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_query_grads_kernel(
     dq_acc, additions, dq, dq_strides, cu_seqlens_q, seqused_q, entries, slots,
-    nheads, seqlen_q, rows_padded, softmax_scale,
+    nheads, seqlen_q, rows_padded, first_tile, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write ``dq = dq_acc * softmax_scale``. Grid: (batch, query head, 64 queries), the queries fastest.
+
+    With ``first_tile`` it starts with that number of them, those before being at their place already.
 
     ``dq_acc`` is float32 ``(batch, nheads, rows_padded, WIDTH)``, batch 1 where packed, in tiles of 64 x 64,
     those of the same rows one after the other. ``additions`` is None, or a number for each 64 rows, of
@@ -27,7 +29,10 @@ def hopper_query_grads_kernel(
     nothing was added.
     """
     packed = spans.Slots(cu_seqlens_q, entries, slots) if cu_seqlens_q is not None else None
-    batch, head, first = tiles.place(nheads, seqlen_q, packed, ROWS, False)
+    index = tl.program_id(0)
+    if first_tile is not None:
+        index += first_tile
+    batch, head, first = tiles.place_of(index, nheads, seqlen_q, packed, ROWS, False)
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)
     if cu_seqlens_q is not None and first >= seqlen_q:
         return

@@ -94,6 +94,7 @@ def check_bounds(backward: Compiled, kind: str) -> None:
     assert not left_unset(backward), "a path leaves a register unset that is read later"
 
 
+SHARES = {"preparing": True, "finishing": True}
 KINDS: dict[BackwardConfig, tuple[str, ...]] = {
     BACKWARD_64: (
         "float16", "causal", "ordered", "window", "packed", "packed, ordered", "softcap and ALiBi",
@@ -101,9 +102,9 @@ KINDS: dict[BackwardConfig, tuple[str, ...]] = {
     BACKWARD_128: ("full", "float16", "window", "softcap and ALiBi", "ordered"),
     FOUNDED_128: ("full", "causal", "float16", "packed", "window", "softcap and ALiBi"),
     BACKWARD_256: ("full", "float16", "packed", "window", "softcap and ALiBi"),
-    replace(FOUNDED_128, finishing=True): ("causal", "float16"),
-    replace(CLUSTERED_128, finishing=True): ("full",),
-    replace(BACKWARD_256, finishing=True): ("causal", "softcap and ALiBi"),
+    replace(FOUNDED_128, **SHARES): ("causal", "float16"),
+    replace(CLUSTERED_128, **SHARES): ("full",),
+    replace(BACKWARD_256, **SHARES): ("causal", "softcap and ALiBi"),
 }  # fmt: skip
 
 
@@ -116,6 +117,7 @@ def test_a_configuration_compiles_within_its_bounds(config: BackwardConfig, kind
     more = {"seqlen_q": 1024, "seqlen_k": 1024, "processors": 2} if config.finishing else {}
     gradients = launches_of(config, head_dim=config.width, **CALLS[kind], **more)[1]
     assert (gradients.arguments.get("lag") is not None) == config.finishing
+    assert (gradients.arguments.get("lead") is not None) == config.preparing
     backward = compile_launch(gradients, "sm_90")
     check_bounds(backward, kind)
     assert "wgmma.mma_async" in backward.assembly
@@ -162,53 +164,52 @@ def test_where_the_first_one_stores_nothing_is_zeroed_but_counters() -> None:
 
 @needs_gluon
 @pytest.mark.parametrize("config", [BACKWARD_128, FOUNDED_128, CLUSTERED_128, BACKWARD_256])
-def test_programs_finish_the_dq_of_heads_that_are_done(config: BackwardConfig) -> None:
+def test_programs_begin_with_shares_of_the_launches_before_and_behind(config: BackwardConfig) -> None:
     call = {"head_dim": config.width, "seqlen_q": 1000, "seqlen_k": 1024}
-    for options, heads in (
-        ({"processors": 2}, 2),
-        ({"processors": MANY}, 0),
-        ({"processors": 2, "packed": True}, 0),
+    for options, finished, prepared in (
+        ({"processors": 2}, 2, 2),
+        ({"processors": MANY}, 0, 0),
+        ({"processors": 2, "packed": True}, 0, 0),
     ):
-        delta, gradients, query_grads = launches_of(replace(config, finishing=True), **call, **options)
-        assert query_grads.arguments["first_tile"] == (heads * 16 or None)
-        packed = options.get("packed", False)
-        assert packed or query_grads.programs == (4 - heads) * 16
-        assert (gradients.arguments["dq_part0"] is None) == (heads == 0)
-        counters = gradients.arguments["heads_done"]
-        assert delta.arguments["heads_done"] is counters
-        assert (counters is None) == (heads == 0)
-    with pytest.raises(ValueError, match="finishing is for 128 columns"):
-        replace(BACKWARD_64, finishing=True)
+        delta, gradients, query_grads = launches_of(replace(config, **SHARES), **call, **options)
+        assert query_grads.arguments["first_tile"] == (finished * 16 or None)
+        assert "packed" in options or query_grads.programs == (4 - finished) * 16
+        assert "packed" in options or delta.programs == (4 - prepared) * 16
+        assert (gradients.arguments["dq_part0"] is None) == (finished == 0)
+        assert (gradients.arguments["out"] is None) == (prepared == 0)
+        progress = gradients.arguments["progress"]
+        assert delta.arguments["counters"] is progress
+        assert (progress is None) == (finished == prepared == 0)
+    for name in SHARES:
+        with pytest.raises(ValueError, match="are for 128 columns and more"):
+            replace(BACKWARD_64, **{name: True})
 
 
 @needs_gluon
 @pytest.mark.parametrize(("config", "senders"), [(FOUNDED_128, 2), (BACKWARD_128, 2), (BACKWARD_256, 1)])
-def test_sums_of_heads_that_are_done_are_read_once_all_has_arrived(
-    config: BackwardConfig, senders: int
-) -> None:
-    """Those that sent wait until all has arrived, then count; those that finish see the count, then read."""
-    config = replace(config, finishing=True)
+def test_what_shares_hand_on_has_arrived_before_it_is_read(config: BackwardConfig, senders: int) -> None:
+    """Who hands on counts once all of it can be seen; who takes it sees the count first."""
+    config = replace(config, **SHARES)
     gradients = launches_of(config, head_dim=config.width, seqlen_q=1024, seqlen_k=1024, processors=2)[1]
     code = compile_launch(gradients, "sm_90").assembly
     found = re.findall(
         r"griddepcontrol\.wait|\bld\.acquire\.gpu|ld\.global\.cg\.v4|\bred\.release\.gpu"
-        r"|cp\.async\.bulk\.wait_group 0|bar\.sync",
+        r"|cp\.async\.bulk\.wait_group 0|bar\.warp\.sync|bar\.sync|\bst\.global",
         code,
     )
     counts = Counter(found)
     founding = 2 if config.founded else 0
-    assert counts["red.release.gpu"] == senders + founding
-    assert all(
-        found[number - 1] == "cp.async.bulk.wait_group 0"
-        for number, line in enumerate(found)
-        if line == "red.release.gpu"
-    )
+    assert counts["red.release.gpu"] == senders + 2 + founding
+    before = Counter(found[number - 1] for number, line in enumerate(found) if line == "red.release.gpu")
+    assert before == {"cp.async.bulk.wait_group 0": senders + founding, "bar.warp.sync": 2}
+    # Both warpgroups for what they finish, who fetches and who sends for what is prepared.
+    assert counts["ld.acquire.gpu"] == 2 + (1 if config.relay else 3) + founding
     reads = [number for number, line in enumerate(found) if line == "ld.global.cg.v4"]
     # Of both warpgroups: a 64 x 64 tile has eight times four numbers for a thread.
     assert len(reads) == 2 * 2 * 8
     for start in (reads[0], reads[len(reads) // 2]):
-        before = [line for line in found[:start] if not line.startswith("ld.global")]
-        assert before[-2:] == ["griddepcontrol.wait", "ld.acquire.gpu"]
+        earlier = [line for line in found[:start] if not line.startswith("ld.global")]
+        assert earlier[-1] == "ld.acquire.gpu"
 
 
 @needs_gluon

@@ -62,15 +62,14 @@ def found_dq(monkeypatch: pytest.MonkeyPatch, founded: bool) -> None:
     keep_no_launches(monkeypatch)
 
 
-def finish_dq(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Have programs finish the dQ of others, as those of a chip with few multiprocessors would."""
+def begin_with_shares(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Have programs begin with shares, as those of a chip with few multiprocessors would."""
     rows = []
     for row in BACKWARD:
         config = row.config
         if config is not None and config.width >= 128:
-            config = replace(
-                config, ordered=False, finishing=True, **(changes if config.width == 128 else {})
-            )
+            own = changes if config.width == 128 else {}
+            config = replace(config, **{"ordered": False, "preparing": True, "finishing": True, **own})
         rows.append(replace(row, config=config))
     for module in (backward_launch, conditions):
         monkeypatch.setattr(module, "BACKWARD", tuple(rows))
@@ -167,31 +166,43 @@ def test_the_first_key_tile_stores_and_the_others_add(
     test_against_the_oracle(head_dim, options, dtype)
 
 
+FREE = {"founded": False, "cluster": False}
+
+
 @pytest.mark.parametrize("dtype", ERRORS, ids=str)
 @pytest.mark.parametrize(
     ("head_dim", "changes"),
-    [(72, {"founded": True, "cluster": False}), (128, {"founded": True, "cluster": False}),
-     (128, {"founded": False, "cluster": False}), (128, {"founded": False, "cluster": True}), (160, {}), (256, {})],
-)  # fmt: skip
+    [
+        (72, {**FREE, "founded": True}),
+        (128, {**FREE, "founded": True}),
+        (128, FREE),
+        (128, {**FREE, "cluster": True}),
+        (128, {**FREE, "preparing": False}),
+        (128, {**FREE, "finishing": False}),
+        (160, {}),
+        (256, {}),
+    ],
+)
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"window_size": (90, 30)}, {"softcap": 9.0}], ids=str
 )
-def test_programs_finish_the_dq_of_heads_that_are_done(
+def test_programs_begin_with_shares_of_other_heads(
     head_dim: int, changes: dict[str, bool], options: dict[str, Any], dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    finish_dq(monkeypatch, **changes)
+    begin_with_shares(monkeypatch, **changes)
     for seqlen_q, seqlen_k in ((700, 700), (900, 260), (100, 1100)):
         for nheads_k in (4, 2):
-            check(*draw(6, seqlen_q, seqlen_k, 4, nheads_k, head_dim, dtype), **options)
+            dlse = torch.randn(6, 4, seqlen_q, device="cuda") if nheads_k == 2 else None
+            check(*draw(6, seqlen_q, seqlen_k, 4, nheads_k, head_dim, dtype), dlse, **options)
 
 
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("causal", [False, True])
-def test_programs_finish_dq_on_the_whole_chip(
+def test_programs_begin_with_shares_on_the_whole_chip(
     head_dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish_dq(monkeypatch)
+    begin_with_shares(monkeypatch)
     monkeypatch.setattr("fap_kernels.target._processors_of_index", lambda index: 132)
     check(*draw(8, 1000, 1000, 16, 16, head_dim), causal=causal)
 
@@ -384,15 +395,15 @@ def test_a_fixed_order_gives_equal_gradients_on_250_runs(head_dim: int, causal: 
 @pytest.mark.parametrize("batch", [1, 30])  # with more key tiles than programs these draw them
 @pytest.mark.parametrize(
     ("head_dim", "order"),
-    [(64, "free"), (64, "fixed"), (128, "free"), (128, "founded"), (128, "fixed"), (128, "finished"),
-     (256, "free"), (256, "finished")],
+    [(64, "free"), (64, "fixed"), (128, "free"), (128, "founded"), (128, "fixed"), (128, "shares"),
+     (256, "free"), (256, "shares")],
 )  # fmt: skip
 def test_a_graph_starts_from_zero_when_it_is_replayed(
     head_dim: int, order: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found_dq(monkeypatch, order == "founded")
-    if order == "finished":
-        finish_dq(monkeypatch)
+    if order == "shares":
+        begin_with_shares(monkeypatch)
     deterministic = order == "fixed"
     q, k, v, dout = draw(batch, 700, 900, 4, 2, head_dim)
     out, lse, *right = attention_reference_gradients(q, k, v, dout.double())

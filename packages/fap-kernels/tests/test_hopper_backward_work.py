@@ -16,7 +16,7 @@ from fap_kernels import AttentionProblem
 from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs, plan_delta
 from fap_kernels.hopper import backward_work, work
-from fap_kernels.hopper.backward_launch import empty_additions, lag_of, plan_query_grads
+from fap_kernels.hopper.backward_launch import empty_additions, lag_of, lead_of, plan_query_grads
 from fap_kernels.packing import Packing, slot_count
 
 pytestmark = pytest.mark.interpreter
@@ -113,7 +113,7 @@ def list_shares(
     found, nheads, group, seqlen_q, seqlen_k, items, heads_beside,
     BLOCK_N: tl.constexpr, CLUSTER: tl.constexpr,
 ):  # fmt: skip
-    """Write down the share of each item, ``(items, 5)``."""
+    """Write down the share of each item, and how many programs its head has, ``(items, 5)``."""
     call = work.Call(
         None, None, None, None, None, None, nheads, group, seqlen_q, seqlen_k, None, None, items,
         heads_beside, None, True if CLUSTER else None,
@@ -124,7 +124,7 @@ def list_shares(
     tl.store(row + 1, share.head_k)
     tl.store(row + 2, share.first)
     tl.store(row + 3, share.end)
-    tl.store(row + 4, share.programs)
+    tl.store(row + 4, backward_work.programs_of_head(call, BLOCK_N))
 
 
 def visible(seqlen_q: int, seqlen_k: int, window: tuple[Any, Any]) -> torch.Tensor:
@@ -475,11 +475,9 @@ def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
     additions = empty_additions(replace(problem, deterministic=True), inputs)
     assert additions is not None
     additions.fill_(7)
-    lse, tickets = torch.zeros(q.shape[0], 2, q.shape[1]), torch.full((1,), 7, dtype=torch.int32)
-    heads_done = None if packed else torch.full((problem.batch, 2), 7, dtype=torch.int32)
-    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, tickets, heads_done).run(q.device)
-    assert tickets.item() == 0
-    assert heads_done is None or heads_done.eq(0).all()
+    lse, counters = torch.zeros(q.shape[0], 2, q.shape[1]), torch.full((1100,), 7, dtype=torch.int32)
+    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, counters).run(q.device)
+    assert counters.eq(0).all()
     lengths = [70, 0, 150] if packed else [150]
     for start, length in zip(starts, lengths, strict=True):
         swept = dq_acc[:, :, start : start + -(-length // 128) * 128]
@@ -487,9 +485,20 @@ def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
         assert additions[:, :, start // 64 : (start + length + 63) // 64].eq(0).all()
 
 
+def test_the_delta_kernel_leaves_later_heads_to_others() -> None:
+    problem, inputs, q, dq_acc, _ = call(False, 64, 64)
+    inputs.lse.fill_(7.0)
+    lse, counters = torch.zeros(2, 2, 150), torch.full((8,), 7, dtype=torch.int32)
+    plan_delta(problem, q, lse, None, inputs, dq_acc, counters=counters, heads=3).run(q.device)
+    assert counters.eq(0).all()
+    for batch, head in itertools.product(range(2), range(2)):
+        left = (batch, head) == (1, 1)
+        assert inputs.lse[batch, head].eq(7.0).all() == left
+        assert dq_acc[batch, head].isnan().all() == left
+
+
 @pytest.mark.parametrize("seed", range(0, 80, 2))
-def test_shares_of_a_head_are_its_queries_and_go_with_programs_that_have_begun(seed: int) -> None:
-    """What :func:`fap_kernels.hopper.backward_launch.plan_hopper_backward` makes of the lag, too."""
+def test_shares_of_a_head_are_its_queries_and_only_what_has_begun_is_waited_for(seed: int) -> None:
     drawn, rng = draw(seed), random.Random(seed)
     cluster, processors = rng.random() < 0.5, rng.choice([1, 2, 5])
     batch, nheads_k = len(drawn.lengths_q), drawn.nheads // drawn.group
@@ -510,9 +519,13 @@ def test_shares_of_a_head_are_its_queries_and_go_with_programs_that_have_begun(s
     items_of: dict[tuple[int, ...], list[int]] = {}
     for item, share in enumerate(shares.tolist()):
         items_of.setdefault(tuple(share[:2]), []).append(item)
-    lag = lag_of(items, count * drawn.heads_beside, processors)
-    finished = sorted(items_of)[: (items - lag) // count]
-    begun = {tuple(share[:2]) for share in shares[: items - lag].tolist()}
-    assert begun == set(finished), "the launch behind has the other heads"
-    for item, share in enumerate(shares[: items - lag].tolist()):
-        assert max(items_of[tuple(share[:2])]) < item + lag, "a program that has not begun is waited for"
+    block = count * drawn.heads_beside
+    lead, lag = lead_of(items, block, processors), lag_of(items, block, processors)
+    heads = [tuple(share[:2]) for share in shares.tolist()]
+    finished = set(sorted(items_of)[: (items - lag) // count])
+    assert set(heads[: items - lag]) == finished, "the launch behind has the other heads"
+    assert set(heads[lead:]) == set(sorted(items_of)[lead // count :]), "the launch before has the first ones"
+    for item, head in enumerate(heads[: items - lag]):
+        assert max(items_of[head]) < item + lag, "what has not begun is waited for by what finishes a head"
+    for head in heads[lead:]:
+        assert max(items_of[head]) - lead < min(items_of[head]), "and by what needs a prepared one"

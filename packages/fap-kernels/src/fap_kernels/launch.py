@@ -71,7 +71,9 @@ UNSPECIALIZED = (
     "items",
     "heads_beside",
     "lag",
+    "lead",
     "first_tile",
+    "counter_count",
 )
 """Numbers whose value must never make Triton compile again."""
 

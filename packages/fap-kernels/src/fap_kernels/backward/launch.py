@@ -60,8 +60,8 @@ def plan_delta(
     inputs: BackwardInputs,
     dq_acc: torch.Tensor | None = None,
     additions: torch.Tensor | None = None,
-    tickets: torch.Tensor | None = None,
-    heads_done: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    heads: int | None = None,
     lift: int = 0,
     negative: bool = False,
     release: bool = False,
@@ -71,8 +71,8 @@ def plan_delta(
     Args:
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
-        tickets: int32 ``(1,)``; likewise.
-        heads_done: int32 ``(batch, nheads)``, contiguous; likewise, where no sequences are packed.
+        counters: int32, contiguous; likewise.
+        heads: fill what belongs to so many of the batch's heads alone, and all of ``counters``.
         lift: lower the LSE by so much, so that weights come out 2^lift times as large.
         negative: fill ``inputs.delta`` with ``-delta``.
         release: let the launch that follows start while this one runs, if it is one that overlaps.
@@ -81,9 +81,12 @@ def plan_delta(
     rows_swept = padded_rows(problem.seqlen_q)
     packing = packing_arguments(inputs.packing)
     tiles, slots = tiles_of(inputs.packing, inputs.q, problem.batch, rows_swept, ROW_PADDING)
+    programs = problem.nheads * tiles * (ROW_PADDING // config.block_m)
+    if heads is not None:  # which come first
+        programs = programs // (problem.batch * problem.nheads) * heads
     return Launch(
         kernel=attention_delta_kernel,
-        programs=problem.nheads * tiles * (ROW_PADDING // config.block_m),
+        programs=programs,
         arguments={
             "out": out,
             "out_strides": strides_of(out),
@@ -96,8 +99,8 @@ def plan_delta(
             "delta": inputs.delta,
             "dq_acc": dq_acc,
             "additions": additions,
-            "tickets": tickets,
-            "heads_done": heads_done,
+            "counters": counters,
+            "counter_count": None if counters is None else counters.numel(),
             "lift": float(lift),
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,

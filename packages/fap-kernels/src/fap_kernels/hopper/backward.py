@@ -55,7 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..backward.step import products_grad
 from ..language import grid, rows, scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, backward_work, barriers, cluster, finishing, order, ring, work
+from . import backward_tiles, backward_work, barriers, cluster, order, ring, shares, work
 from .backward_tiles import ROWS, THREADS, WITH_ANOTHER
 from .compat import barrier, tma_add, tma_store
 
@@ -78,12 +78,13 @@ lie before them: 128 KB that the TMA unit fills, 64 KB of dQ, 32 KB of dS."""
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_kernel(
     q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0,
-    dq_part0, dq_acc_part0, dq_acc, additions, heads_done, lag, heads_beside, rows_padded,
-    alibi_slopes, alibi_stride,
+    dq_part0, dq_acc_part0, dq_acc, additions, heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    progress, lag, lead, out, out_strides, dout, dout_strides, softmax_lse, dlse, lse, delta, lift,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
-    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr, FOUNDED: gl.constexpr, CLUSTER: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr, FOUNDED: gl.constexpr,
+    CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
@@ -93,8 +94,9 @@ def hopper_backward_kernel(
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. With
     ``CLUSTER`` two of neighbouring numbers have neighbouring key tiles, and sweep the same queries.
 
-    With ``heads_done``, which are zeros at first, programs from number ``lag`` on begin with a share of the
-    dQ of others, as :mod:`fap_kernels.hopper.finishing` says. Only then are there ``dq`` and ``dq_acc``.
+    With ``progress``, which is zeros at first, programs begin with shares of what launches before and behind
+    this one would do, as :mod:`fap_kernels.hopper.shares` says; what follows it is for them, ``dq`` with
+    ``lag`` and the vectors with ``lead``.
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
@@ -120,15 +122,16 @@ def hopper_backward_kernel(
         call, score, q_shared, dout_shared, alibi_stride, room.queries, room.douts, room.k, room.v,
         room.k_full, room.v_full, None, None, exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0,
         None, dq_acc, additions, True if FOUNDED else None,
-        None if heads_done is None else finishing.Finishing(heads_done, lag), rows_padded,
+        progress, lag, lead,
+        shares.Ahead(out, out_strides, dout, dout_strides, softmax_lse, dlse, lse, delta, lift), rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
     if CLUSTER:
         gl.warp_specialize(
             [
-                (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-                (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (0, operands, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (1, operands, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
                 (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
                 (_send, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
                 (_send, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
@@ -140,8 +143,8 @@ def hopper_backward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-                (_multiply, (1, operands, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (0, operands, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+                (_multiply, (1, operands, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
                 (_fetch, (operands, parts, BLOCK_M, BLOCK_N, STAGES, PADDING)),
                 (_send, (0, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
                 (_send, (1, operands, WIDTH, BLOCK_M, BLOCK_N, PADDING)),
@@ -167,6 +170,7 @@ def _fetch(
     if steps > 0:
         backward_tiles.fill_keys(operands, operands.k_full, _keys(operands), parts[1], tile)
     grid.wait_for_previous()
+    shares.wait_until_prepared(operands, tile, BLOCK_N)
     for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member
@@ -272,6 +276,7 @@ def _send(
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
     grid.wait_for_previous()
+    shares.wait_until_prepared(operands, tile, BLOCK_N)
     for step in range(SLOT, call.group * sweep.count, 2):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member
@@ -299,21 +304,22 @@ def _send(
             barriers.meet(barriers.DQ_STAGED + SLOT, WITH_ANOTHER)
             tma_add(operands.dq_acc, coordinates, place)
             tma.store_wait(0)
-    finishing.count(operands, tile)
+    shares.count_sent(operands, tile)
 
 
 @gluon.jit
 def _multiply(
-    WARPGROUP: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    WARPGROUP: gl.constexpr, operands, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     _begin(operands, False)
-    finishing.finish_share(
-        WARPGROUP, operands, operands.exchange, WARPGROUP, BLOCK_N // ROWS, SENDERS, 1.0, WIDTH, BLOCK_N
-    )
+    shares.begin(
+        WARPGROUP, operands, operands.exchange, WARPGROUP, BLOCK_N // ROWS, SENDERS, 1.0, HEAD_DIM, WIDTH,
+        BLOCK_N,
+    )  # fmt: skip
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)

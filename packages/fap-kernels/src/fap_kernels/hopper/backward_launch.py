@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..backward.launch import BackwardInputs
     from ..problem import AttentionProblem
 
-__all__ = ["empty_additions", "empty_dq_acc", "lag_of", "plan_hopper_backward", "plan_query_grads"]
+__all__ = ["empty_additions", "empty_dq_acc", "lag_of", "lead_of", "plan_hopper_backward", "plan_query_grads"]
 
 LINE = 256
 """Numbers in a line of ``dq_acc`` as the TMA unit sees it, the most it takes; a 64 x 64 tile is 16 lines."""
@@ -74,19 +74,26 @@ def plan_hopper_backward(
     workspaces = zeroed = {"dq_acc": dq_acc}
     if additions is not None:
         workspaces, zeroed = {"dq_acc": dq_acc, "additions": additions}, {"additions": additions}
-    finishes = _finishes(problem, config, additions)
-    gradients = _plan_gradients(problem, processors, inputs, dq_acc, dq, dk, dv, additions, config)
-    for name in ("tickets", "heads_done"):
+    gradients = _plan_gradients(
+        problem, processors, inputs, out, softmax_lse, dlse, dq_acc, dq, dk, dv, additions, config
+    )
+    for name in ("tickets", "progress"):
         counters = gradients.arguments.get(name)
         if counters is not None:
-            workspaces, zeroed = workspaces | {name: counters}, zeroed | {name: counters}
+            workspaces, zeroed = workspaces | {name: counters}, zeroed | {"counters": counters}
     lift = _lift(problem, config)
+    heads = None if gradients.arguments.get("lead") is None else _heads_of(problem, gradients, "lead")
     launches = [
-        plan_delta(problem, out, softmax_lse, dlse, inputs, lift=lift, negative=True, release=True, **zeroed),
+        plan_delta(
+            problem, out, softmax_lse, dlse, inputs, heads=heads, lift=lift,
+            negative=True, release=True, **zeroed,
+        ),
         gradients,
-    ]
-    if not finishes:
-        first_head = _heads_finished(problem, gradients)
+    ]  # fmt: skip
+    if not _finishes(problem, config, additions):
+        first_head = 0
+        if gradients.arguments.get("lag") is not None:
+            first_head = problem.batch * problem.nheads - _heads_of(problem, gradients, "lag")
         launches.append(plan_query_grads(problem, inputs, dq_acc, dq, additions, config, first_head))
     return launches, workspaces
 
@@ -95,8 +102,11 @@ def _plan_gradients(
     problem: AttentionProblem,
     processors: int,
     inputs: BackwardInputs,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    dlse: torch.Tensor | None,
     dq_acc: torch.Tensor,
-    dq: torch.Tensor | None,
+    dq: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
     additions: torch.Tensor | None,
@@ -104,9 +114,10 @@ def _plan_gradients(
 ) -> Launch:
     """The launch that fills ``dk`` and ``dv`` and adds to ``dq_acc``, which must hold zeros.
 
-    So must its ``tickets`` and its ``heads_done``, if it has any. With ``additions``, which must hold zeros
+    So must its ``tickets`` and its ``progress``, if it has any. With ``additions``, which must hold zeros
     instead, it adds in the same order on every run, or in any once the first one has stored. It fills ``dq``
-    if it finishes it, and that of the first heads if it has ``heads_done``.
+    if it finishes it, and with ``lag`` that of all heads but the last ones; with ``lead`` the first heads
+    alone need what comes before it.
     """
     from .backward import hopper_backward_kernel
     from .backward_relay import hopper_backward_relay_kernel
@@ -138,7 +149,19 @@ def _plan_gradients(
         kernel = hopper_backward_kernel
         own = {"additions": additions, "FOUNDED": founded, "CLUSTER": cluster > 1}
     if not _in_three(problem, config):
-        own |= _finishing(problem, config, items, beside, processors // cluster, dq_acc, dq)
+        own |= _shares(problem, config, items, beside, processors // cluster)
+        if own["lag"] is not None:
+            own |= {"dq_part0": tile_descriptor(dq, WARPGROUP_ROWS, WARPGROUP_ROWS, False)}
+        if own["lead"] is not None:
+            own |= {
+                "out": out, "out_strides": strides_of(out),
+                "dout": inputs.dout, "dout_strides": strides_of(inputs.dout),
+                "softmax_lse": softmax_lse, "dlse": dlse, "lse": inputs.lse, "delta": inputs.delta,
+                "lift": float(_lift(problem, config)),
+            }  # fmt: skip
+        if own["progress"] is not None:
+            own |= {"dq_acc": dq_acc}
+        own["HEAD_DIM"] = problem.head_dim
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
     dq_tiles = 2 if kernel is hopper_backward_kernel else 1
     return Launch(
@@ -270,52 +293,63 @@ def _in_order_by_three(
     return {"additions": additions, "dq_part0": part, "dq_acc": None if dq is None else dq_acc}
 
 
-def _finishing(
-    problem: AttentionProblem,
-    config: BackwardConfig,
-    items: int,
-    beside: int | None,
-    processors: int,
-    dq_acc: torch.Tensor,
-    dq: torch.Tensor,
+_NO_SHARES = (
+    "progress", "lag", "lead", "dq_part0", "dq_acc", "out", "out_strides", "dout", "dout_strides",
+    "softmax_lse", "dlse", "lse", "delta", "lift",
+)  # fmt: skip
+
+
+def _shares(
+    problem: AttentionProblem, config: BackwardConfig, items: int, beside: int | None, processors: int
 ) -> dict[str, Any]:
-    """What lets programs begin with a share of the dQ of heads that are done.
+    """What lets programs begin with shares of what launches before and behind them would do.
 
     Args:
         items: key tiles, or pairs of them where programs form clusters.
-        beside: how many key heads are worked on side by side.
+        beside: how many key heads are worked on side by side; None where sequences are packed.
         processors: how many items are worked on at a time.
     """
-    lag = items
-    if config.finishing and beside is not None and items > 0:
-        lag = lag_of(items, items // (problem.batch * problem.nheads_k) * beside, processors)
-    if lag == items:  # of no head
-        return {"dq_part0": None, "dq_acc": None, "heads_done": None, "lag": None}
-    heads = problem.batch * problem.nheads
-    return {
-        "dq_part0": tile_descriptor(dq, WARPGROUP_ROWS, WARPGROUP_ROWS, False),
-        "dq_acc": dq_acc,
-        "heads_done": torch.empty(heads, dtype=torch.int32, device=dq.device),
-        "lag": lag,
-    }
+    shares: dict[str, Any] = dict.fromkeys(_NO_SHARES)
+    if beside is None or items == 0:
+        return shares
+    heads = problem.batch * problem.nheads_k
+    block = items // heads * beside
+    lead, lag = lead_of(items, block, processors), lag_of(items, block, processors)
+    if config.preparing and lead < items:
+        shares["lead"] = lead
+    if config.finishing and lag < items:
+        shares["lag"] = lag
+    if shares["lead"] is not None or shares["lag"] is not None:
+        shares["progress"] = torch.empty((heads, 2), dtype=torch.int32, device=problem.device)
+    return shares
 
 
-def lag_of(items: int, block: int, processors: int) -> int:
-    """By how much the item is smaller, of ``items``, whose share of dQ a program brings to its place.
+def lead_of(items: int, block: int, processors: int) -> int:
+    """By how much the item is larger, of ``items``, whose share a program prepares; ``items`` for none.
 
     Args:
         block: how many items the heads have that are worked on side by side.
         processors: how many items are worked on at a time.
+    """
+    # All that prepare a head have begun before those that run beside the ones that need it. Whole heads.
+    return min(-(-(block + processors) // block) * block, items)
+
+
+def lag_of(items: int, block: int, processors: int) -> int:
+    """By how much the item is smaller, of ``items``, whose share a program finishes; ``items`` for none.
+
+    Args:
+        block, processors: as for :func:`lead_of`.
     """
     # When a program begins, all of the heads whose share it may have are begun, and by far most are done,
     # though the longest take twice as long as most. What is left over are whole heads.
     return items - max(items - block - 2 * processors, 0) // block * block
 
 
-def _heads_finished(problem: AttentionProblem, gradients: Launch) -> int:
-    """To how many of the batch's heads the launch of the gradients brings dQ itself."""
-    lag, items = gradients.arguments.get("lag"), gradients.arguments["items"]
-    return 0 if lag is None else (items - lag) * problem.batch * problem.nheads // items
+def _heads_of(problem: AttentionProblem, gradients: Launch, distance: str) -> int:
+    """How many of the batch's heads so many items are."""
+    heads = problem.batch * problem.nheads
+    return int(gradients.arguments[distance] * heads // gradients.arguments["items"])
 
 
 def _heads_beside(problem: AttentionProblem, processors: int, rows: int, in_order: bool) -> int:

@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, barriers, finishing, ring, work
+from . import backward_tiles, barriers, ring, shares, work
 from .backward_third import ALL, SLOTS, make_dq
 from .backward_tiles import LOWER, ROWS, THREADS
 from .compat import reinterpret
@@ -58,16 +58,16 @@ SENDERS = gl.constexpr(4)
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_backward_relay_kernel(
     q_part0, k_part0, v_part0, dout_part0, dk_part0, dv_part0, lse_part0, delta_part0,
-    dq_part0, dq_acc_part0, dq_acc, heads_done, lag, heads_beside, rows_padded,
-    alibi_slopes, alibi_stride,
+    dq_part0, dq_acc_part0, dq_acc, heads_beside, rows_padded, alibi_slopes, alibi_stride,
+    progress, lag, lead, out, out_strides, dout, dout_strides, softmax_lse, dlse, lse, delta, lift,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
-    WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
-    ``heads_done`` and what belongs to it are as in :mod:`fap_kernels.hopper.backward`.
+    ``progress`` and what belongs to it are as in :mod:`fap_kernels.hopper.backward`.
 
     Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
     """
@@ -85,15 +85,17 @@ def hopper_backward_relay_kernel(
     operands = backward_tiles.Operands(
         call, score, None, None, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full,
         room.v_full, None, None, exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0, None, dq_acc,
-        None, None, None if heads_done is None else finishing.Finishing(heads_done, lag), rows_padded,
+        None, None,
+        progress, lag, lead,
+        shares.Ahead(out, out_strides, dout, dout_strides, softmax_lse, dlse, lse, delta, lift), rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     LOWERED: gl.constexpr = LOWER if q_part0.dtype == gl.bfloat16 else 1.0
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.
     gl.warp_specialize(
         [
-            (_make_dv, (operands, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_make_dk, (operands, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dv, (operands, LOWERED, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dk, (operands, LOWERED, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
             (make_dq, (operands, parts, 1, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
         ],
         [4, 4],
@@ -103,14 +105,14 @@ def hopper_backward_relay_kernel(
 
 @gluon.jit
 def _make_dv(
-    operands, LOWERED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    operands, LOWERED: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The first warpgroup: weigh each query tile, hand the weights on, and sum up dV."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
-    finishing.finish_share(0, operands, operands.exchange, 0, 1, SENDERS, LOWERED, WIDTH, BLOCK_N)
+    shares.begin(0, operands, operands.exchange, 0, 1, SENDERS, LOWERED, HEAD_DIM, WIDTH, BLOCK_N)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     dv = backward_tiles.sweep_queries(
@@ -167,8 +169,8 @@ def _weigh_step(
 
 @gluon.jit
 def _make_dk(
-    operands, LOWERED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    operands, LOWERED: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: turn weights into their gradients in place, and sum up dK."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -180,7 +182,7 @@ def _make_dk(
     steps = call.group * sweep.count
     # The third warpgroup writes there once this one has handed gradients on.
     staging = operands.staging.index(0).reshape([2, ROWS, ROWS])
-    finishing.finish_share(1, operands, staging, 0, 1, SENDERS, LOWERED, WIDTH, BLOCK_N)
+    shares.begin(1, operands, staging, 0, 1, SENDERS, LOWERED, HEAD_DIM, WIDTH, BLOCK_N)
     v = ring.matrix(operands.v, BLOCK_N, WIDTH)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.v_full, 0, pred=steps > 0)

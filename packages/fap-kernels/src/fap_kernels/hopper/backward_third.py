@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..language import grid
-from . import announcements, backward_tiles, backward_work, barriers, finishing, order, ring
+from . import announcements, backward_tiles, backward_work, barriers, order, ring, shares
 from .backward_tiles import KEY_TILES, ROWS, THREADS
 from .compat import barrier, reinterpret, tma_add, tma_store
 
@@ -65,18 +65,18 @@ def make_dq(
     """
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     steps = operands.call.group * sweep.count
-    _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, STAGES, PADDING)
+    _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, BLOCK_N, STAGES, PADDING)
     mbarrier.wait(operands.k_full, 0, pred=steps > 0)
     _make_steps(
         operands, operands.k, parts, tile, sweep, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
         STAGES, PADDING, False,
     )  # fmt: skip
     tma.store_wait(0)
-    if operands.finishing is not None:
+    if operands.lag is not None:
         # One thread had the TMA unit add, and each warp counts: so each knows that all has arrived.
         order.wait_until_added()
         barrier()
-        finishing.count(operands, tile)
+        shares.count_sent(operands, tile)
 
 
 @gluon.jit
@@ -145,12 +145,14 @@ def _wait_until_sent(operands, handed, WIDTH: gl.constexpr, BLOCK_M: gl.constexp
 
 @gluon.jit
 def _fetch_first(
-    operands, parts, tile, sweep, steps, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr
-):
+    operands, parts, tile, sweep, steps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr,
+):  # fmt: skip
     """Fetch the key tile, and as many query tiles as there is room for."""
     if steps > 0:
         backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
     grid.wait_for_previous()
+    shares.wait_until_prepared(operands, tile, BLOCK_N)
     for step in range(gl.minimum(steps, STAGES)):
         backward_tiles.fill(
             operands, operands.queries, parts[0], parts[4], tile, sweep, step, BLOCK_M, STAGES, PADDING

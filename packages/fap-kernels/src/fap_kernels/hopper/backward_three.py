@@ -105,7 +105,7 @@ def hopper_backward_three_kernel(
     operands = backward_tiles.Operands(
         call, score, None, None, alibi_stride, queries, douts, k, v, k_full, v_full, keys_free, board,
         exchange, staging, dk_part0, dv_part0, dq_part0, dq_acc_part0, handover, dq_acc, additions,
-        None, None, rows_padded,
+        None, None, None, None, None, rows_padded,
     )  # fmt: skip
     parts = (q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0)
     # As in fap_kernels.hopper.forward: warps of the other functions, and registers of their threads.

@@ -52,8 +52,12 @@ class Operands(NamedTuple):
             counted, and it holds zeros at first.
         founded: True where the first key tile to visit a query tile stores, and is counted alone, and those
             that follow add in any order; all sweep the queries downwards then. Else None.
-        finishing: the :class:`fap_kernels.hopper.finishing.Finishing` of programs that begin with a share of
-            the dQ of others; None where a launch behind this one finishes all of it.
+        progress: where programs begin with shares of what launches before and behind this one would do, as
+            :mod:`fap_kernels.hopper.shares` says: two counters for each key head, zeros at first, of warps
+            that have prepared their part of it, and of those that have sent all of their dQ. Else None.
+        lag: by how much the item is smaller whose share a program finishes; None if a launch behind does.
+        lead: by how much it is larger whose share it prepares; None if a launch before does.
+        ahead: what it takes to prepare.
         rows_padded: how many rows a head has in ``dq_acc`` and in the vectors.
     """
 
@@ -80,7 +84,10 @@ class Operands(NamedTuple):
     dq_sums: Any
     additions: Any
     founded: Any
-    finishing: Any
+    progress: Any
+    lag: Any
+    lead: Any
+    ahead: Any
     rows_padded: Any
 
 

@@ -164,15 +164,13 @@ class Share(NamedTuple):
 
     Fields:
         batch, head_k: whose they are.
-        first, end: they go from the one up to the other, both multiples of 64.
-        programs: how many programs work on the head.
+        first, end: they go from the one up to the other, both multiples of 64; none if that is less.
     """
 
     batch: Any
     head_k: Any
     first: Any
     end: Any
-    programs: Any
 
 
 @triton.jit
@@ -181,21 +179,23 @@ def share_of(call, item, BLOCK_N: tl.constexpr, ROWS: tl.constexpr):
 
     All have the same number of tiles of ``ROWS`` rows, but the last ones, which may have fewer, or none.
     """
-    TOGETHER: tl.constexpr = 1 if call.cluster is None else work.CLUSTER
+    ITEM: tl.constexpr = BLOCK_N if call.cluster is None else BLOCK_N * work.CLUSTER
     batch, head_k, first_key = tiles.place_beside(
-        item,
-        call.nheads // call.group,
-        call.heads_beside,
-        call.items,
-        call.seqlen_k,
-        BLOCK_N * TOGETHER,
-        False,
+        item, call.nheads // call.group, call.heads_beside, call.items, call.seqlen_k, ITEM, False
     )
-    count = tl.cdiv(call.seqlen_k, BLOCK_N * TOGETHER)
     end = tl.cdiv(call.seqlen_q, ROWS) * ROWS
-    rows = tl.cdiv(end // ROWS, count) * ROWS
-    first = first_key // (BLOCK_N * TOGETHER) * rows
-    return Share(batch, head_k, first, tl.minimum(first + rows, end), count * TOGETHER)
+    rows = tl.cdiv(end // ROWS, tl.cdiv(call.seqlen_k, ITEM)) * ROWS
+    first = first_key // ITEM * rows
+    return Share(batch, head_k, first, tl.minimum(first + rows, end))
+
+
+@triton.jit
+def programs_of_head(call, BLOCK_N: tl.constexpr):
+    """How many programs have key tiles of one head, where none are packed."""
+    if call.cluster is None:
+        return tl.cdiv(call.seqlen_k, BLOCK_N)
+    else:
+        return tl.cdiv(call.seqlen_k, BLOCK_N * work.CLUSTER) * work.CLUSTER
 
 
 @triton.jit

@@ -147,9 +147,9 @@ class BackwardConfig:
         founded: let the first key tile that visits a query tile store its dQ, and those that follow add in
             any order once it is there: no memory need be zeroed before either, and the key tiles with most
             work can come first. For two warpgroups, and programs that are no cluster.
-        finishing: let programs begin with a share of the dQ of heads that are done, so that the launch behind
-            has but the last ones left; for two warpgroups of width 128 and the relay, where sequences are not
-            packed.
+        preparing: let programs begin with a share of what the launch before would do, which has but the first
+            heads left; for two warpgroups of width 128 and the relay, where sequences are not packed.
+        finishing: the same of the launch behind, which has but the last heads left.
         three: let a third warpgroup make dQ, and programs stay for one key tile after the other, where
             tensors are bfloat16; for width 64.
         cluster: let two programs on different multiprocessors have neighbouring key tiles, and fetch the
@@ -162,6 +162,7 @@ class BackwardConfig:
     stages: int
     ordered: bool = False
     founded: bool = False
+    preparing: bool = False
     finishing: bool = False
     three: bool = False
     cluster: bool = False
@@ -173,8 +174,8 @@ class BackwardConfig:
             raise ValueError(
                 f"three warpgroups take 64 columns and 128 queries, got {self.width} and {self.block_m}"
             )
-        if self.finishing and self.width < 128:
-            raise ValueError(f"finishing is for 128 columns and more, got {self.width}")
+        if (self.preparing or self.finishing) and self.width < 128:
+            raise ValueError(f"preparing and finishing are for 128 columns and more, got {self.width}")
         free = not (self.ordered or self.founded)
         if self.cluster and (self.width, self.block_m, self.stages, free) != (128, 64, 2, True):
             raise ValueError(

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language._core import builtin
 
 from .compat import assemble
 
-__all__ = ["count_when_added", "wait_for", "wait_until_added"]
+__all__ = ["count_when_added", "count_when_stored", "wait_for", "wait_until_added"]
 
 _WAIT = """{
 .reg .pred missing;
@@ -46,6 +46,16 @@ elect.sync _|elected, 0xffffffff;
 mov.u32 $0, 0;
 }"""
 
+# What the other lanes have stored is visible to the one that counts once all have come to the barrier, and so
+# to whoever sees it count.
+_COUNT_STORED = """{
+.reg .pred elected;
+bar.warp.sync 0xffffffff;
+elect.sync _|elected, 0xffffffff;
+@elected red.release.gpu.global.add.u32 [$1], 1;
+mov.u32 $0, 0;
+}"""
+
 
 @builtin
 def wait_for(counter: Any, additions: Any, _semantic: Any = None) -> None:
@@ -57,6 +67,12 @@ def wait_for(counter: Any, additions: Any, _semantic: Any = None) -> None:
 def count_when_added(counter: Any, _semantic: Any = None) -> None:
     """Wait until all that this warp had the TMA unit add has arrived in memory, and count one addition."""
     assemble(_COUNT, [_address(counter, _semantic)], _semantic, "l")
+
+
+@builtin
+def count_when_stored(counter: Any, _semantic: Any = None) -> None:
+    """Count once for this warp, behind all that its lanes have stored."""
+    assemble(_COUNT_STORED, [_address(counter, _semantic)], _semantic, "l")
 
 
 @builtin

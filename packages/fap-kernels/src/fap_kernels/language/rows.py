@@ -81,7 +81,7 @@ def _load_part(rows, descriptor, head, first, COUNT: tl.constexpr, HEAD_DIM: tl.
     else:
         row = tl.arange(0, COUNT)
         column = START + tl.arange(0, WIDTH)
-        address = _addresses(rows, head, first, row, column)
+        address = addresses(rows, head, first, row, column)
         if START + WIDTH > HEAD_DIM:
             if BOUNDED:
                 exists = (first + row < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
@@ -108,7 +108,7 @@ def _store_part(rows, head, first, part, COUNT: tl.constexpr, HEAD_DIM: tl.const
                 WIDTH: tl.constexpr):  # fmt: skip
     row = tl.arange(0, COUNT)
     column = START + tl.arange(0, WIDTH)
-    address = _addresses(rows, head, first, row, column)
+    address = addresses(rows, head, first, row, column)
     exists = (first + row < rows.length)[:, None]
     if START + WIDTH > HEAD_DIM:
         exists = exists & (column < HEAD_DIM)[None, :]
@@ -131,7 +131,7 @@ def load_grouped(rows, heads, positions, HEAD_DIM: tl.constexpr, PART0: tl.const
 def _load_grouped_part(rows, heads, positions, HEAD_DIM: tl.constexpr, START: tl.constexpr,
                        WIDTH: tl.constexpr):  # fmt: skip
     column = START + tl.arange(0, WIDTH)
-    address = _addresses(rows, heads[:, None], 0, positions, column)
+    address = addresses(rows, heads[:, None], 0, positions, column)
     exists = (positions < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
     return tl.load(address, mask=exists, other=0.0)
 
@@ -149,13 +149,14 @@ def store_grouped(rows, heads, positions, tile, HEAD_DIM: tl.constexpr, PART0: t
 def _store_grouped_part(rows, heads, positions, part, HEAD_DIM: tl.constexpr, START: tl.constexpr,
                         WIDTH: tl.constexpr):  # fmt: skip
     column = START + tl.arange(0, WIDTH)
-    address = _addresses(rows, heads[:, None], 0, positions, column)
+    address = addresses(rows, heads[:, None], 0, positions, column)
     exists = (positions < rows.length)[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(address, part.to(rows.tensor.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _addresses(rows, head, first, row, column):
+def addresses(rows, head, first, row, column):
+    """Where ``row``, counted from ``first`` on, and ``column`` of a head lie, each of each."""
     # In 64 bits throughout: a tensor may hold more than 2**31 elements, and in a sequence-major layout
     # one row is batch * nheads * head_dim elements long.
     stride = tl.cast(rows.strides[1], tl.int64)

@@ -24,6 +24,7 @@ from test_hopper import PROCESSORS, describe, gluon_is_here
 from fap_kernels import explain_schedule, use_schedule
 from fap_kernels.backward.config import padded_rows
 from fap_kernels.backward.launch import BackwardInputs
+from fap_kernels.direct import is_descriptor
 from fap_kernels.hopper.backward_launch import empty_dq_acc, plan_hopper_backward
 from fap_kernels.hopper.conditions import backward_reasons_against
 from fap_kernels.hopper.config import (
@@ -48,15 +49,16 @@ def inputs_of(**call: Any) -> BackwardInputs:
 
 
 def launches_of(
-    config: BackwardConfig | None = None, processors: int = PROCESSORS, **call: Any
+    config: BackwardConfig | None = None, processors: int = PROCESSORS, dlse: bool = False, **call: Any
 ) -> list[Launch]:
     """The launches of a call: delta, the gradients and, but where those finish it, dQ."""
     problem, inputs = describe(**call)[0], inputs_of(**call)
     q, dk, dv = inputs.q, torch.empty_like(inputs.k), torch.empty_like(inputs.v)
     lse = torch.empty(1, problem.nheads, q.shape[1])
     launches, _ = plan_hopper_backward(
-        problem, processors, inputs, q, lse, None, torch.empty_like(q), dk, dv, config
-    )
+        problem, processors, inputs, q, lse, torch.empty_like(lse) if dlse else None, torch.empty_like(q), dk,
+        dv, config,
+    )  # fmt: skip
     return launches
 
 
@@ -178,11 +180,43 @@ def test_programs_begin_with_shares_of_the_launches_before_and_behind(config: Ba
         assert (gradients.arguments["dq_part0"] is None) == (finished == 0)
         assert (gradients.arguments["out"] is None) == (prepared == 0)
         progress = gradients.arguments["progress"]
-        assert delta.arguments["counters"] is progress
+        assert delta.arguments["progress"] is progress
         assert (progress is None) == (finished == prepared == 0)
     for name in SHARES:
         with pytest.raises(ValueError, match="are for 128 columns and more"):
             replace(BACKWARD_64, **{name: True})
+
+
+@needs_gluon
+@pytest.mark.parametrize(
+    "config",
+    [None, replace(FOUNDED_128, **SHARES), replace(CLUSTERED_128, **SHARES), replace(BACKWARD_256, **SHARES)],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_repeated_call_knows_all_tensors_by_name(
+    config: BackwardConfig | None, deterministic: bool
+) -> None:
+    """Kernels take what a plan makes by the name that it has there, or calls are not kept."""
+    width = 64 if config is None else config.width
+    if width == 256 and deterministic:
+        return
+    call = {"head_dim": width, "seqlen_q": 1024, "seqlen_k": 1024, "deterministic": deterministic}
+    problem, inputs = describe(**call)[0], inputs_of(**call)
+    dout, out, dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, *inputs[:3], inputs.v))
+    inputs = inputs._replace(dout=dout)
+    softmax_lse, dlse = (torch.empty(1, problem.nheads, 1024) for _ in range(2))
+    launches, workspaces = plan_hopper_backward(
+        problem, 2, inputs, out, softmax_lse, dlse, dq, dk, dv, config
+    )
+    named = {
+        **inputs._asdict(), "out": out, "softmax_lse": softmax_lse, "dlse": dlse,
+        "dq": dq, "dk": dk, "dv": dv, **workspaces,
+    }  # fmt: skip
+    for launch in launches:
+        for name, value in launch.arguments.items():
+            tensor = value.base if is_descriptor(value) else value
+            if isinstance(tensor, torch.Tensor):
+                assert tensor is named[name.removesuffix("_part0")], f"{name} of {launch.kernel}"
 
 
 @needs_gluon
@@ -199,9 +233,11 @@ def test_what_shares_hand_on_has_arrived_before_it_is_read(config: BackwardConfi
     )
     counts = Counter(found)
     founding = 2 if config.founded else 0
-    assert counts["red.release.gpu"] == senders + 2 + founding
     before = Counter(found[number - 1] for number, line in enumerate(found) if line == "red.release.gpu")
-    assert before == {"cp.async.bulk.wait_group 0": senders + founding, "bar.warp.sync": 2}
+    assert set(before) == {"cp.async.bulk.wait_group 0", "bar.warp.sync"}
+    assert before["bar.warp.sync"] == 2
+    # LLVM may let both senders run the same code at their end.
+    assert before["cp.async.bulk.wait_group 0"] - founding in (1, senders)
     # Both warpgroups for what they finish, who fetches and who sends for what is prepared.
     assert counts["ld.acquire.gpu"] == 2 + (1 if config.relay else 3) + founding
     reads = [number for number, line in enumerate(found) if line == "ld.global.cg.v4"]
@@ -284,10 +320,17 @@ def test_the_table_has_no_other_configurations() -> None:
 
 
 @needs_gluon
-@pytest.mark.parametrize("kind", ["full", "causal", "float16", "window", "softcap and ALiBi"])
+@pytest.mark.parametrize("kind", ["full", "causal", "float16", "window", "softcap and ALiBi", "shares"])
 def test_a_cluster_compiles_and_addresses_what_is_where_its_assembly_has_it(kind: str) -> None:
-    backward = compile_backward(CLUSTERED_128, head_dim=128, **CALLS[kind])
-    check_bounds(backward, kind)
+    if kind == "shares":  # whose partitions are handed more numbers, behind the barriers
+        few = {"seqlen_q": 1024, "seqlen_k": 1024, "processors": 2}
+        gradients = launches_of(replace(CLUSTERED_128, **SHARES), head_dim=128, dlse=True, **few)[1]
+        assert gradients.arguments["dlse"] is not None
+        backward = compile_launch(gradients, "sm_90")
+        check_bounds(backward, "full")
+    else:
+        backward = compile_backward(CLUSTERED_128, head_dim=128, **CALLS[kind])
+        check_bounds(backward, kind)
     # Keys and values are fetched by Gluon, into the first tiles of the allocation that holds all of them.
     assert places(backward, r"complete_tx::bytes \[(%r\d+)\]")[:4:2] == [0, 32 << 10]
     numbers = 224 << 10

@@ -475,9 +475,11 @@ def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
     additions = empty_additions(replace(problem, deterministic=True), inputs)
     assert additions is not None
     additions.fill_(7)
-    lse, counters = torch.zeros(q.shape[0], 2, q.shape[1]), torch.full((1100,), 7, dtype=torch.int32)
-    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, counters).run(q.device)
-    assert counters.eq(0).all()
+    lse, tickets = torch.zeros(q.shape[0], 2, q.shape[1]), torch.full((1,), 7, dtype=torch.int32)
+    progress = torch.full((550, 2), 7, dtype=torch.int32)
+    plan_delta(problem, q, lse, None, inputs, dq_acc, additions, tickets, progress).run(q.device)
+    assert tickets.item() == 0
+    assert progress.eq(0).all()
     lengths = [70, 0, 150] if packed else [150]
     for start, length in zip(starts, lengths, strict=True):
         swept = dq_acc[:, :, start : start + -(-length // 128) * 128]
@@ -488,9 +490,9 @@ def test_the_delta_kernel_zeroes_what_is_added_to(packed: bool) -> None:
 def test_the_delta_kernel_leaves_later_heads_to_others() -> None:
     problem, inputs, q, dq_acc, _ = call(False, 64, 64)
     inputs.lse.fill_(7.0)
-    lse, counters = torch.zeros(2, 2, 150), torch.full((8,), 7, dtype=torch.int32)
-    plan_delta(problem, q, lse, None, inputs, dq_acc, counters=counters, heads=3).run(q.device)
-    assert counters.eq(0).all()
+    lse, progress = torch.zeros(2, 2, 150), torch.full((4, 2), 7, dtype=torch.int32)
+    plan_delta(problem, q, lse, None, inputs, dq_acc, progress=progress, heads=3).run(q.device)
+    assert progress.eq(0).all()
     for batch, head in itertools.product(range(2), range(2)):
         left = (batch, head) == (1, 1)
         assert inputs.lse[batch, head].eq(7.0).all() == left

@@ -73,7 +73,7 @@ UNSPECIALIZED = (
     "lag",
     "lead",
     "first_tile",
-    "counter_count",
+    "progress_count",
 )
 """Numbers whose value must never make Triton compile again."""
 

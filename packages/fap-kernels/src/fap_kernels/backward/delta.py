@@ -13,7 +13,7 @@ from ..launch import UNSPECIALIZED
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_delta_kernel(
     out, out_strides, dout, dout_strides,
-    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions, counters, counter_count, lift,
+    softmax_lse, lse_rows, dlse, lse, delta, dq_acc, additions, tickets, progress, progress_count, lift,
     cu_seqlens_q, seqused_q, entries, slots,
     nheads, seqlen_q, rows_swept, rows_padded,
     HEAD_DIM: tl.constexpr, PART0: tl.constexpr, PART1: tl.constexpr,
@@ -33,8 +33,9 @@ def attention_delta_kernel(
 
     ``dq_acc`` is None or float32 ``(batch, nheads, rows_padded, WIDTH)``, and is set to zero: where a kernel
     that follows adds dQ up, that costs no pass of its own here. So is ``additions``, one number for each
-    ``BLOCK_M`` rows, or None: what that kernel counts in. So are the first ``counter_count`` of ``counters``,
-    or None: what its programs draw numbers from, or tell each other by.
+    ``BLOCK_M`` rows, or None: what that kernel counts in. ``tickets`` is None or one number, from which its
+    programs draw what they work on, and is set to zero too; so are the ``progress_count`` numbers of
+    ``progress``, or None, by which they tell each other how far they are.
 
     With ``RELEASE`` the kernel that follows may start at once, and waits by itself for what is stored here.
     """
@@ -44,10 +45,12 @@ def attention_delta_kernel(
     # The padding has tiles of its own.
     SHARE: tl.constexpr = PADDING // BLOCK_M
     pid = tl.program_id(0)
-    if counters is not None and pid == 0:
-        for start in range(0, counter_count, 1024):
-            counter = start + tl.arange(0, 1024)
-            tl.store(counters + counter, 0, mask=counter < counter_count)
+    if tickets is not None and pid == 0:
+        tl.store(tickets, 0)
+    if progress is not None and pid == 0:
+        for start in range(0, progress_count, 1024):
+            number = start + tl.arange(0, 1024)
+            tl.store(progress + number, 0, mask=number < progress_count)
     batch, head, first = tiles.place_of(pid // SHARE, nheads, rows_swept, packed, PADDING, False)
     first += pid % SHARE * BLOCK_M
     q_batch, q_start, seqlen_q = spans.span_of(cu_seqlens_q, seqused_q, seqlen_q, batch)

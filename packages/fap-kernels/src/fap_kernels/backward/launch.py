@@ -60,7 +60,8 @@ def plan_delta(
     inputs: BackwardInputs,
     dq_acc: torch.Tensor | None = None,
     additions: torch.Tensor | None = None,
-    counters: torch.Tensor | None = None,
+    tickets: torch.Tensor | None = None,
+    progress: torch.Tensor | None = None,
     heads: int | None = None,
     lift: int = 0,
     negative: bool = False,
@@ -71,8 +72,9 @@ def plan_delta(
     Args:
         dq_acc: float32 ``(batch, nheads, padded_rows(...), width)``, contiguous; filled with zeros.
         additions: int32 ``(batch, nheads, padded_rows(...) // DELTA.block_m)``, contiguous; likewise.
-        counters: int32, contiguous; likewise.
-        heads: fill what belongs to so many of the batch's heads alone, and all of ``counters``.
+        tickets: int32 ``(1,)``; likewise.
+        progress: int32 of any shape, contiguous; likewise.
+        heads: fill what belongs to so many of the batch's heads alone, and all of ``progress``.
         lift: lower the LSE by so much, so that weights come out 2^lift times as large.
         negative: fill ``inputs.delta`` with ``-delta``.
         release: let the launch that follows start while this one runs, if it is one that overlaps.
@@ -99,8 +101,9 @@ def plan_delta(
             "delta": inputs.delta,
             "dq_acc": dq_acc,
             "additions": additions,
-            "counters": counters,
-            "counter_count": None if counters is None else counters.numel(),
+            "tickets": tickets,
+            "progress": progress,
+            "progress_count": None if progress is None else progress.numel(),
             "lift": float(lift),
             "nheads": problem.nheads,
             "seqlen_q": problem.seqlen_q,

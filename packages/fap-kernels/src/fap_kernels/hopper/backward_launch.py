@@ -80,7 +80,7 @@ def plan_hopper_backward(
     for name in ("tickets", "progress"):
         counters = gradients.arguments.get(name)
         if counters is not None:
-            workspaces, zeroed = workspaces | {name: counters}, zeroed | {"counters": counters}
+            workspaces, zeroed = workspaces | {name: counters}, zeroed | {name: counters}
     lift = _lift(problem, config)
     heads = None if gradients.arguments.get("lead") is None else _heads_of(problem, gradients, "lead")
     launches = [
@@ -161,7 +161,8 @@ def _plan_gradients(
             }  # fmt: skip
         if own["progress"] is not None:
             own |= {"dq_acc": dq_acc}
-        own["HEAD_DIM"] = problem.head_dim
+        # What prepares nothing need not be compiled for each.
+        own["HEAD_DIM"] = config.width if own["lead"] is None else problem.head_dim
     # What leaves for dq_acc at once: the tiles of 64 x 64 of both warpgroups, or one of a third.
     dq_tiles = 2 if kernel is hopper_backward_kernel else 1
     return Launch(

@@ -172,7 +172,8 @@ def _finish(
     places = reinterpret(memory, dq_part0.dtype, SHAPE, dq_part0.layout)
     left, right = places.index(FIRST), places.index(FIRST + STEP)
     share = backward_work.share_of(call, item, BLOCK_N, ROWS)
-    warps = backward_work.programs_of_head(call, BLOCK_N) * SENDERS
+    # Of many keys and few queries most shares are empty.
+    warps = gl.where(share.first < share.end, backward_work.programs_of_head(call, BLOCK_N) * SENDERS, 0)
     order.wait_for(_progress(operands, share.batch, share.head_k) + 1, warps)
     ALL_COLUMNS: gl.constexpr = WIDTH == TILES * ROWS
     FIRST_COLUMN: gl.constexpr = 0 if ALL_COLUMNS else WARPGROUP * TILES * ROWS

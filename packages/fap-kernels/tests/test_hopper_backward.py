@@ -234,17 +234,15 @@ def test_what_shares_hand_on_has_arrived_before_it_is_read(config: BackwardConfi
     founding = 2 if config.founded else 0
     before = Counter(found[number - 1] for number, line in enumerate(found) if line == "red.release.gpu")
     assert set(before) == {"cp.async.bulk.wait_group 0", "bar.warp.sync"}
-    assert before["bar.warp.sync"] == 2
+    assert before["bar.warp.sync"] == 1
     # LLVM may let both senders run the same code at their end.
     assert before["cp.async.bulk.wait_group 0"] - founding in (1, senders)
-    # Both warpgroups for what they finish, who fetches and who sends for what is prepared.
-    assert counts["ld.acquire.gpu"] == 2 + (1 if config.relay else 3) + founding
+    # Of what finishes; of who fetches and who sends, for what is prepared.
+    assert counts["ld.acquire.gpu"] >= 1 + (1 if config.relay else 3) + founding
     reads = [number for number, line in enumerate(found) if line == "ld.global.cg.v4"]
-    # Of both warpgroups: a 64 x 64 tile has eight times four numbers for a thread.
-    assert len(reads) == 2 * 2 * 8
-    for start in (reads[0], reads[len(reads) // 2]):
-        earlier = [line for line in found[:start] if not line.startswith("ld.global")]
-        assert earlier[-1] == "ld.acquire.gpu"
+    # A 64 x 64 tile has eight times four numbers for a thread.
+    assert len(reads) == 4 * 8
+    assert found[reads[0] - 1] == "ld.acquire.gpu"
 
 
 @needs_gluon
@@ -271,7 +269,7 @@ def test_triton_itself_uses_no_barrier_of_ours(config: BackwardConfig, kind: str
     # Its numbers stand in the instruction, and ours come in a register.
     numbers = {int(number) for number in re.findall(r"\bbar(?:rier)?\.\S+\s+(\d+)\b", code)}
     assert 0 in numbers
-    assert max(numbers) < min(barriers.SLOT_FREE_TOO.value, barriers.WEIGHTS_THERE.value)
+    assert max(numbers) < barriers.PREPARED.value
 
 
 @needs_gluon

@@ -69,6 +69,9 @@ DELTA = gl.constexpr(6 * cluster.DESCRIPTOR.value + cluster.VECTOR.value)
 SENDERS = gl.constexpr(2)
 """Warps that send dQ."""
 
+WITH_ONE = gl.constexpr(160)
+"""Threads of a warpgroup and one of them."""
+
 NUMBERS = gl.constexpr(224 << 10)
 BARRIERS = gl.constexpr(225 << 10)
 """Where the numbers of rows lie in the shared memory of a cluster's programs, and where barriers. All tiles
@@ -170,7 +173,7 @@ def _fetch(
     if steps > 0:
         backward_tiles.fill_keys(operands, operands.k_full, _keys(operands), parts[1], tile)
     grid.wait_for_previous()
-    shares.wait_until_prepared(operands, tile, BLOCK_N)
+    shares.wait_until_prepared(operands, tile, 1, BLOCK_N)
     for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member
@@ -276,7 +279,9 @@ def _send(
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
     grid.wait_for_previous()
-    shares.wait_until_prepared(operands, tile, BLOCK_N)
+    if SLOT == 0:
+        shares.count_prepared(operands, WITH_ONE, BLOCK_N)
+    shares.wait_until_prepared(operands, tile, 1, BLOCK_N)
     for step in range(SLOT, call.group * sweep.count, 2):
         member, number = step // sweep.count, step % sweep.count
         head = tile.head_k * call.group + member
@@ -316,14 +321,17 @@ def _multiply(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     _begin(operands, False)
-    shares.begin(
-        WARPGROUP, operands, operands.exchange, WARPGROUP, BLOCK_N // ROWS, SENDERS, 1.0, HEAD_DIM, WIDTH,
-        BLOCK_N,
-    )  # fmt: skip
+    if WARPGROUP == 0:
+        shares.prepare(operands, BLOCK_N * WIDTH, WITH_ONE, HEAD_DIM, WIDTH, BLOCK_N)
+    else:
+        # Nobody else writes there before this warpgroup has exchanged its first dS.
+        shares.finish(operands, operands.staging, 2, SENDERS, 1.0, WIDTH, BLOCK_N)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     mbarrier.wait(operands.v_full, 0, pred=sweep.count > 0)
+    if WARPGROUP == 1:
+        shares.settle(operands)
     first_key = tile.first_key + WARPGROUP * ROWS
     sweep = backward_work.own_sweep_of(operands.call, tile, sweep, first_key, ROWS, BLOCK_M)
     # The first query tiles see keys of the first warpgroup, or they would not be visited; in a cluster, those

@@ -47,12 +47,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..language import scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, barriers, ring, shares, work
-from .backward_third import ALL, SLOTS, make_dq
+from .backward_third import ALL, SLOTS, WARPS, make_dq
 from .backward_tiles import LOWER, ROWS, THREADS
 from .compat import reinterpret
-
-SENDERS = gl.constexpr(4)
-"""Warps that count what the third warpgroup has sent."""
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -95,7 +92,7 @@ def hopper_backward_relay_kernel(
     gl.warp_specialize(
         [
             (_make_dv, (operands, LOWERED, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
-            (_make_dk, (operands, LOWERED, HEAD_DIM, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
+            (_make_dk, (operands, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES)),
             (make_dq, (operands, parts, 1, LOWERED, WIDTH, BLOCK_M, BLOCK_N, STAGES, PADDING)),
         ],
         [4, 4],
@@ -112,7 +109,7 @@ def _make_dv(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
-    shares.begin(0, operands, operands.exchange, 0, 1, SENDERS, LOWERED, HEAD_DIM, WIDTH, BLOCK_N)
+    shares.prepare(operands, BLOCK_N * WIDTH, THREADS, HEAD_DIM, WIDTH, BLOCK_N)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     dv = backward_tiles.sweep_queries(
@@ -169,8 +166,8 @@ def _weigh_step(
 
 @gluon.jit
 def _make_dk(
-    operands, LOWERED: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    operands, LOWERED: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The second warpgroup: turn weights into their gradients in place, and sum up dK."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -181,8 +178,8 @@ def _make_dk(
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     steps = call.group * sweep.count
     # The third warpgroup writes there once this one has handed gradients on.
-    staging = operands.staging.index(0).reshape([2, ROWS, ROWS])
-    shares.begin(1, operands, staging, 0, 1, SENDERS, LOWERED, HEAD_DIM, WIDTH, BLOCK_N)
+    shares.finish(operands, operands.staging, 1, WARPS, LOWERED, WIDTH, BLOCK_N)
+    shares.settle(operands)
     v = ring.matrix(operands.v, BLOCK_N, WIDTH)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.v_full, 0, pred=steps > 0)

@@ -27,6 +27,9 @@ from .compat import barrier, reinterpret, tma_add, tma_store
 SLOTS = gl.constexpr(2)
 """Of the exchange."""
 
+WARPS = gl.constexpr(4)
+"""Of the third warpgroup, each of which counts."""
+
 ALL = gl.constexpr(384)
 """Threads of the three warpgroups."""
 
@@ -66,6 +69,7 @@ def make_dq(
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     steps = operands.call.group * sweep.count
     _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, BLOCK_N, STAGES, PADDING)
+    shares.count_prepared(operands, THREADS, BLOCK_N)
     mbarrier.wait(operands.k_full, 0, pred=steps > 0)
     _make_steps(
         operands, operands.k, parts, tile, sweep, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
@@ -152,7 +156,7 @@ def _fetch_first(
     if steps > 0:
         backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
     grid.wait_for_previous()
-    shares.wait_until_prepared(operands, tile, BLOCK_N)
+    shares.wait_until_prepared(operands, tile, WARPS, BLOCK_N)
     for step in range(gl.minimum(steps, STAGES)):
         backward_tiles.fill(
             operands, operands.queries, parts[0], parts[4], tile, sweep, step, BLOCK_M, STAGES, PADDING

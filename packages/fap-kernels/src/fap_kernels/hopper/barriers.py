@@ -20,6 +20,7 @@ __all__ = [
     "EXCHANGE",
     "FIRST_TURN",
     "GRADIENTS_THERE",
+    "PREPARED",
     "QUERIES_FREE",
     "SLOT_FREE",
     "SLOT_FREE_TOO",
@@ -43,6 +44,9 @@ DOUTS_FREE = gl.constexpr(12)
 
 DQ_STAGED = gl.constexpr(14)
 """Backward: the first of two, for even and odd steps: a tile of dQ may leave."""
+
+PREPARED = gl.constexpr(5)
+"""Backward: a warpgroup has prepared its program's share of a later head."""
 
 SLOT_FREE_TOO = gl.constexpr(6)
 """Backward in three: the same as ``SLOT_FREE``, for the second warpgroup."""

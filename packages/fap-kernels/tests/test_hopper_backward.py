@@ -224,7 +224,8 @@ def test_what_shares_hand_on_has_arrived_before_it_is_read(config: BackwardConfi
     """Who hands on counts once all of it can be seen; who takes it sees the count first."""
     config = replace(config, **SHARES)
     gradients = launches_of(config, head_dim=config.width, seqlen_q=1024, seqlen_k=1024, processors=2)[1]
-    code = compile_launch(gradients, "sm_90").assembly
+    compiled = compile_launch(gradients, "sm_90")
+    code = compiled.assembly
     found = re.findall(
         r"griddepcontrol\.wait|\bld\.acquire\.gpu|ld\.global\.cg\.v4|\bred\.release\.gpu"
         r"|cp\.async\.bulk\.wait_group 0|bar\.warp\.sync|bar\.sync|\bst\.global",
@@ -243,6 +244,18 @@ def test_what_shares_hand_on_has_arrived_before_it_is_read(config: BackwardConfi
     # A 64 x 64 tile has eight times four numbers for a thread.
     assert len(reads) == 4 * 8
     assert found[reads[0] - 1] == "ld.acquire.gpu"
+    # The TMA unit sends tiles from where their swizzle begins.
+    sent = places(compiled, r"cp\.async\.bulk\.tensor\.4d\.global\S+ \[[^\]]*\], \[(%r\d+)\]")
+    assert len(sent) >= 4
+    assert all(place % 1024 == 0 for place in sent)
+    machine = disassemble(compiled)
+    told = [number for number, line in enumerate(machine) if re.search(r"BAR\.ARV\S* 0x5,", line)]
+    counted = [number for number, line in enumerate(machine) if re.search(r"BAR\.SYNC\S* 0x5,", line)]
+    assert len(told) == len(counted) == 1
+    stored = [number for number, line in enumerate(machine) if re.search(r"\bSTG\.", line)]
+    assert max(stored) < told[0], "what is prepared is told of before all is stored"
+    adds = next(number for number in range(counted[0], len(machine)) if "REDG" in machine[number])
+    assert any("MEMBAR.ALL.GPU" in line for line in machine[counted[0] : adds])
 
 
 @needs_gluon

@@ -279,7 +279,7 @@ def _send(
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
     grid.wait_for_previous()
-    if SLOT == 0:
+    if SLOT == 1:  # whose first tile is the second step's
         shares.count_prepared(operands, WITH_ONE, BLOCK_N)
     shares.wait_until_prepared(operands, tile, 1, BLOCK_N)
     for step in range(SLOT, call.group * sweep.count, 2):

@@ -53,8 +53,8 @@ class Operands(NamedTuple):
         founded: True where the first key tile to visit a query tile stores, and is counted alone, and those
             that follow add in any order; all sweep the queries downwards then. Else None.
         progress: where programs begin with shares of what launches before and behind this one would do, as
-            :mod:`fap_kernels.hopper.shares` says: two counters for each key head, zeros at first, of warps
-            that have prepared their part of it, and of those that have sent all of their dQ. Else None.
+            :mod:`fap_kernels.hopper.shares` says: two counters for each key head, zeros at first, of its
+            shares that are prepared, and of warps that have sent all of their dQ. Else None.
         lag: by how much the item is smaller whose share a program finishes; None if a launch behind does.
         lead: by how much it is larger whose share it prepares; None if a launch before does.
         ahead: what it takes to prepare.

@@ -17,7 +17,8 @@ Program ``p`` prepares the share that goes with item ``p + lead``, and finishes 
 waits for whom, by two counters of each key head: its programs for all that prepare it, and those that finish
 it for all that send its dQ. Both wait for programs of smaller numbers alone, since ``lead`` and ``lag`` are
 no less than the items of the heads that are worked on side by side; so, as :mod:`fap_kernels.hopper.order`
-says, none waits forever. As a rule all is there, since both are larger by more than what runs at a time; but
+says, none waits forever, though in the relay a program may prepare its share only once its own head is. As a
+rule all is there, since both are larger by more than what runs at a time; but
 not so much larger that what is handed on has left the L2 cache.
 """
 
@@ -163,7 +164,8 @@ def finish(
     """Start to bring this program's share of dQ to its place, if it has one; then comes :func:`settle`.
 
     Args:
-        memory: shared memory for ``2 * AT_ONCE`` tiles of dQ or more, which nobody else writes before.
+        memory: shared memory for ``2 * AT_ONCE`` tiles of dQ or more, at a multiple of 1024 bytes, that
+            nobody else writes before this warpgroup has settled.
         AT_ONCE: how many pairs of 64 x 64 tiles, one or two, to have in registers.
         SENDERS: how many warps of a program count what they have sent.
         LOWER: what the sums have to be multiplied by, besides softmax_scale.
@@ -189,6 +191,8 @@ def _finish(
 ):  # fmt: skip
     call, dq_part0 = operands.call, operands.dq
     SHAPE: gl.constexpr = [2 * AT_ONCE] + dq_part0.block_shape
+    ROOM: gl.constexpr = memory.shape[0] * memory.shape[1] * memory.shape[2] * memory.dtype.primitive_bitwidth
+    gl.static_assert(2 * AT_ONCE * dq_part0.block_type.nbytes * 8 <= ROOM, "there is no room for the tiles")
     places = reinterpret(memory, dq_part0.dtype, SHAPE, dq_part0.layout)
     share = backward_work.share_of(call, item, BLOCK_N, ROWS)
     # Of many keys and few queries most shares are empty.

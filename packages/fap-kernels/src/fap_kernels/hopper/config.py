@@ -111,8 +111,8 @@ class HopperConfig:
             raise ValueError("out_parts needs a persistent program: another has no next query tile")
         if self.beside > 1 and self.warpgroups > 1:
             raise ValueError("programs of several warpgroups leave no registers for another one beside them")
-        if self.cluster and (self.warpgroups != 2 or self.stages > 4):
-            raise ValueError("programs of a cluster have two warpgroups and at most four stages")
+        if self.cluster and (self.warpgroups == 1 or self.stages > 4):
+            raise ValueError("programs of a cluster have two or three warpgroups and at most four stages")
         if self.cluster and (self.overlap_tiles or self.tickets):
             raise ValueError("programs of a cluster neither overlap query tiles nor draw them")
         queries = WARPGROUP_ROWS * self.warpgroups * (2 if self.queries_ahead else 1)

@@ -122,7 +122,7 @@ def hopper_forward_kernel(
         values = ring.make_ring(room, barriers, VALUES, STAGES, 2 * WARPGROUPS)
         cluster.publish_barriers()
         TILE: gl.constexpr = k_part0.block_type.nbytes
-        BARRIERS: gl.constexpr = mbarriers.behind((room, q_tiles, staging))
+        BARRIERS: gl.constexpr = mbarriers.behind(room, q_tiles, staging)
         k_shared = cluster.Shared(0, 0, BARRIERS, BARRIERS + mbarriers.KIND, 0)
         SECOND: gl.constexpr = BARRIERS + mbarriers.RING
         v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + mbarriers.KIND, 1)
@@ -151,6 +151,22 @@ def hopper_forward_kernel(
             ],
             [1],
             [24],
+        )
+    elif CLUSTER and WARPGROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
+                (_multiply, (1, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
+                (_multiply, (2, operands, WIDTH, BLOCK_N, STAGES, 3, Q_STAGES, OVERLAP_TILES, OUT_PARTS,
+                             PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES)),
+                (_fetch, (operands, parts, BLOCK_N, STAGES, 3, Q_STAGES, PAIRED)),
+                (_attend, (operands,)),
+                (_attend, (operands,)),
+            ],
+            [4, 4, 1, 2, 1],
+            [160, 160, 32, 32, 32],
         )
     elif CLUSTER:
         gl.static_assert(WARPGROUPS == 2)

@@ -84,9 +84,9 @@ def of_ring(barriers, WHICH: gl.constexpr, COUNT: gl.constexpr, GIVEN_BACK: gl.c
 
 
 @builtin
-def behind(tiles: Any, _semantic: Any = None) -> Any:
+def behind(keys: Any, queries: Any, staging: Any, _semantic: Any = None) -> Any:
     """Where the barriers lie, in bytes from the start of shared memory, if these are all tiles or None."""
-    return gl.constexpr(_bytes_of(list(tiles)))
+    return gl.constexpr(_bytes_of([keys, queries, staging]))
 
 
 @builtin

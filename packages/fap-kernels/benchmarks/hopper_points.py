@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TOKENS_PACKED = 65536
 TABLE = "table"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DIRECTIONS = ("fwd", "bwd")
+PASSES = {"fwd": "forward", "bwd": "backward"}
 
 
 class Candidate(NamedTuple):
@@ -66,9 +66,9 @@ class Task(NamedTuple):
             raise ValueError(
                 f"a point is HEAD_DIM MASK LENGTH, as in '128 causal 2048', got {point!r}"
             ) from None
-        direction, dtype, group = DIRECTIONS[0], next(iter(DTYPES)), 1
+        direction, dtype, group = "fwd", "bf16", 1
         for word in rest:
-            if word in DIRECTIONS:
+            if word in PASSES:
                 direction = word
             elif word in DTYPES:
                 dtype = word
@@ -197,36 +197,36 @@ class Point:
         vector = (self.q.shape[0], self.q.shape[2], self.q.shape[1])
         self.lse = torch.empty(vector, device="cuda", dtype=torch.float32)
         if task.direction == "bwd":
-            self.run_portable(write=True, direction="fwd")
+            out, lse, _ = self.portable("fwd")
+            self.out, self.lse = out.view_as(self.out), lse.view_as(self.lse)
 
     @property
     def results(self) -> list[torch.Tensor]:
         """What a run fills."""
         return [self.out] if self.task.direction == "fwd" else [self.dq, self.dk, self.dv]
 
-    def run_portable(self, *, write: bool, direction: str = "") -> None:
-        """Run the portable kernels; ``write`` copies what they return into this point's tensors."""
+    def portable(self, direction: str) -> tuple[torch.Tensor, ...]:
+        """Return what the portable kernels return for a pass, "fwd" or "bwd"."""
         kernels = Build().module()
-        direction = direction or self.task.direction
-        tensors = {"q": self.q, "k": self.k, "v": self.v}
+        given = {"q": self.q, "k": self.k, "v": self.v}
         if direction == "bwd":
-            tensors |= {"dout": self.dout, "out": self.out, "softmax_lse": self.lse}
-        call = f"attention_{direction.replace('fwd', 'forward').replace('bwd', 'backward')}"
-        lengths: dict[str, Any] = {}
-        if self.lengths is not None:
-            call = call.replace("attention", "attention_varlen")
-            tensors = {name: x[0] for name, x in tensors.items()}
-            longest = max(self.lengths)
-            lengths = {
-                "cu_seqlens_q": self.bounds, "cu_seqlens_k": self.bounds,
-                "max_seqlen_q": longest, "max_seqlen_k": longest,
-            }  # fmt: skip
+            given |= {"dout": self.dout, "out": self.out, "softmax_lse": self.lse}
         with kernels.use_schedule("portable"):
-            returned = getattr(kernels, call)(**tensors, **lengths, **self.options)
-        if write:
-            places = [self.out, self.lse] if direction == "fwd" else [self.dq, self.dk, self.dv]
-            for place, x in zip(places, returned, strict=False):
-                place.copy_(x.view(place.shape))
+            if self.lengths is None:
+                attention = getattr(kernels, f"attention_{PASSES[direction]}")
+                return tuple(attention(**given, **self.options))
+            attention = getattr(kernels, f"attention_varlen_{PASSES[direction]}")
+            longest = max(self.lengths)
+            return tuple(
+                attention(
+                    **{name: x[0] for name, x in given.items()},
+                    cu_seqlens_q=self.bounds,
+                    cu_seqlens_k=self.bounds,
+                    max_seqlen_q=longest,
+                    max_seqlen_k=longest,
+                    **self.options,
+                )
+            )
 
     def hopper(self, candidate: Candidate) -> Callable[[], Any]:
         """Return a run of a build's Hopper kernels.
@@ -298,7 +298,7 @@ class Point:
         """
         makers: dict[str, Callable[[], Callable[[], Any]]] = {}
         if not alone:
-            makers["portable"] = lambda: lambda: self.run_portable(write=False)
+            makers["portable"] = lambda: lambda: self.portable(self.task.direction)
             if self.task.plain and self.task.direction == "fwd":
                 makers["cudnn"] = self.cudnn
         for candidate in dict.fromkeys((Candidate(TABLE, HERE, TABLE), *self.task.candidates)):

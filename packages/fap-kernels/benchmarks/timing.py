@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,46 +62,14 @@ def take_turns(
     draws more, or less, than it does by itself would read up to 10% wrong. Tensors should not fit the L2
     cache, which is not flushed.
     """
-    graphs = {name: _Graph(run) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     rng = random.Random(0)
     for _ in range(rounds):
         for name in rng.sample(list(runs), len(runs)):
-            samples[name] += graphs[name].sample(warm_ms)
+            # Ten replays of one graph, of which the first four warm up.
+            length = math.ceil(warm_ms / 4)
+            samples[name] += do_bench_cudagraph(runs[name], rep=length, return_mode="all")[4:]
     return {name: statistics.median(times) for name, times in samples.items()}
-
-
-class _Graph:
-    """Some 20 ms of a run, so that what the host does between them costs nothing."""
-
-    MILLISECONDS = 20.0
-    SAMPLES = 6
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        run()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(5):
-            run()
-        end.record()
-        end.synchronize()
-        self.calls = max(1, int(5 * self.MILLISECONDS / start.elapsed_time(end)))
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for _ in range(self.calls):
-                run()
-
-    def sample(self, warm_ms: float) -> list[float]:
-        """Return milliseconds of a call, some times over, after ``warm_ms`` that do not count."""
-        for _ in range(math.ceil(warm_ms / self.MILLISECONDS)):
-            self.graph.replay()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.SAMPLES + 1)]
-        events[0].record()
-        for event in events[1:]:
-            self.graph.replay()
-            event.record()
-        events[-1].synchronize()
-        return [a.elapsed_time(b) / self.calls for a, b in itertools.pairwise(events)]
 
 
 def heat(seconds: float = 1.0) -> None:

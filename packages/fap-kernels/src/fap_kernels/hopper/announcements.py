@@ -2,8 +2,8 @@
 
 That is which query tile of packed sequences comes next. To find out takes a bisection, for which the
 warpgroups that multiply have neither the time, at the end of each tile, nor the registers. The warp that
-fetches knows two key tiles earlier than they need to. In the backward it is the key tile of which that warp
-has drawn the ticket.
+fetches knows two key tiles earlier than they need to. Or it is the query tile, in the backward the key tile,
+of which that warp has drawn the ticket.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class HopperConfig:
             what products read of shared memory at width 128; a register for every two columns.
         beside: programs that share a multiprocessor and its registers, where one has a single warpgroup: what
             one of them waits for, the others fill with their work.
-        tickets: have persistent programs draw query tiles from a counter, where tiles take unequally long;
-            for packed sequences, and short ones under a causal mask.
+        tickets: have persistent programs draw query tiles from a counter, which one launch more sets to 0:
+            where tiles take unequally long, or programs do not end together though their tiles are alike.
         cluster: let two programs on different multiprocessors share query tiles of twice as many rows, and
             fetch half of the keys and values each for both, which takes half of the traffic from the L2
             cache; for two warpgroups.

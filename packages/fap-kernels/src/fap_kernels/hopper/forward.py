@@ -21,7 +21,8 @@ memory, products are asynchronous, and the softmax of one key tile runs beside a
 Where there is no room for the next tile's queries before this one has left theirs, or none is to be taken for
 them, S0 follows O += P V of the last key tile instead, and runs beside the way of O through shared memory.
 
-Of packed sequences the fetcher also announces which tile comes next (``fap_kernels.hopper.announcements``).
+Of packed sequences, and where tiles are drawn, the fetcher also announces which tile comes next
+(``fap_kernels.hopper.announcements``).
 
 Keys are swept from the last one down. Those that a later warpgroup alone sees, the others give back as they
 came. First come the tiles that need a mask for some row of the warpgroup; they take the online softmax, and
@@ -60,7 +61,7 @@ class Operands(NamedTuple):
 
     Fields:
         call, score: what to compute.
-        board: where the warp that fetches announces query tiles of packed sequences, else None.
+        board: where the warp that fetches announces query tiles, of packed sequences or drawn, else None.
         alibi_stride: from one batch entry's ALiBi slopes to the next one's.
         q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
         k_shared, v_shared: where two programs share ``k_ring`` and ``v_ring``, else None.

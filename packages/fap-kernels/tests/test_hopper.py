@@ -118,7 +118,7 @@ def test_a_row_compiles_within_its_bounds(row: HopperRow, call: dict[str, Any]) 
     assert not forward.warnings, "ptxas serialises the products, or takes registers from a partition"
     assert not left_unset(forward), "a path leaves a register unset that is read later"
     assert not written_while_it_leaves(disassemble(forward)), "not all warps know that an output has left"
-    check_barriers(row.config, forward)
+    check_barriers(row.config, forward, announced=row.packed is True or row.config.tickets)
 
 
 @needs_gluon
@@ -129,7 +129,8 @@ def test_nothing_else_is_as_large_as_the_barriers(head_dim: int) -> None:
     program = {"persistent": True, "tickets": True, "optimistic": False}
     for warpgroups in (1, 2, 3) if head_dim == 64 else (2,):
         config = HopperConfig(head_dim, warpgroups, 64 if head_dim == 256 else 128, 2, **program)
-        check_barriers(config, compile_forward(config=config, head_dim=head_dim, **options))
+        forward = compile_forward(config=config, head_dim=head_dim, **options)
+        check_barriers(config, forward, announced=True)
 
 
 def written_while_it_leaves(code: list[str]) -> list[str]:
@@ -154,14 +155,39 @@ def given_back_while_loaded(code: list[str], barriers: set[int]) -> list[str]:
     return found
 
 
-def check_barriers(config: HopperConfig, forward: Compiled) -> None:
-    """The barriers of the rings lie where assembly has them, and warps do not meet there."""
+def given_back_while_read(code: list[str], barrier: int) -> list[str]:
+    """Arrivals at this barrier behind loads from shared memory that nothing has waited for."""
+    found: list[str] = []
+    loading: set[str] = set()
+    for line in code:
+        operation, _, operands = line.removeprefix("@").partition(" ")
+        if line.startswith("@"):
+            operation, _, operands = operands.partition(" ")
+        if operation.startswith("LDS"):
+            target, _, operands = operands.partition(",")
+            count = int((re.search(r"\.(\d+)", operation) or [0, 32])[1]) // 32
+            number = int(target.strip()[1:])
+            loading |= {f"R{number + n}" for n in range(count)}
+        loading -= set(re.findall(r"\bR\d+\b", operands)) if not operation.startswith("LDS") else set()
+        if operation.startswith("SYNCS.ARRIVE") and f"+0x{barrier:x}]" in line and loading:
+            found.append(line)
+        if operation.startswith("SYNCS.PHASECHK"):
+            loading = set()
+    return found
+
+
+def check_barriers(config: HopperConfig, forward: Compiled, announced: bool = False) -> None:
+    """The barriers of the rings lie where assembly has them, and warps do not meet there.
+
+    Args:
+        announced: the board of announcements has barriers too.
+    """
     row = 2 * config.width
     queries = 64 * config.warpgroups * row
     slots = config.warpgroups * (2 if config.overlap_tiles or config.queries_ahead else 1)
     staging = queries if config.overlap_tiles else queries // config.out_parts if config.out_parts else 0
     first = 2 * config.stages * config.block_n * row + slots * 64 * row + staging
-    counts = (config.stages, config.stages, slots)
+    counts = (config.stages, config.stages, slots, 2 if announced else 0)
     barriers = {
         first + 128 * ring + 64 * kind + 8 * slot
         for ring, count in enumerate(counts)
@@ -171,13 +197,14 @@ def check_barriers(config: HopperConfig, forward: Compiled) -> None:
     set_up = places(forward, r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]")
     assert barriers <= set(set_up), "they lie elsewhere"
     waited_for = {int(place) for place in re.findall(r"\[barrier \+ (\d+)\], %", forward.assembly)}
-    assert waited_for == {first, first + 128, first + 256}
+    assert waited_for == {first + 128 * ring for ring, count in enumerate(counts) if count}
     # Keys and values that two programs share are given back to the one that fetches them.
     given_back = {int(place) for place in re.findall(r"_, \[barrier \+ (\d+)\]", forward.assembly)}
     arrivals = {first + 320 + 8 * slot for slot in range(slots)}
     assert not given_back_while_loaded(disassemble(forward), arrivals)
     by_warps = {first + 320} if config.cluster else {first + 64, first + 192, first + 320}
-    assert given_back == by_warps
+    assert given_back == by_warps | ({first + 448} if announced else set())
+    assert not given_back_while_read(disassemble(forward), first + 448)
 
 
 @needs_gluon

@@ -14,17 +14,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from . import backward_work, ring, work
+from ..language import spans
+from . import backward_work, mbarriers, ring, work
 
 SLOTS = gl.constexpr(2)
-NUMBERS = gl.constexpr(10)
+NUMBERS = gl.constexpr(12)
+"""Room for those of a slot: whether there is a tile, and up to nine that say where; a multiple of four, so
+that four can be read at once."""
 
 
 class Board(NamedTuple):
     """Where announcements stand.
 
     Fields:
-        numbers: shared memory, ``NUMBERS`` int32 a slot: whether there is a tile, and where it is.
+        numbers: shared memory, ``NUMBERS`` int32 a slot: whether there is a tile, 1 or 0, and where it is.
         full: one barrier a slot; a phase of it ends when an announcement stands there.
         empty: one barrier a slot; a phase of it ends when everyone has heard it.
     """
@@ -37,23 +40,43 @@ class Board(NamedTuple):
 @gluon.jit
 def make_board(HEARERS: gl.constexpr):
     """An empty board before ``HEARERS`` partitions."""
-    single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * NUMBERS, 1], single)
     full, empty = ring.make_barriers(SLOTS, HEARERS)
-    return Board(numbers, full, empty)
+    return Board(_room(), full, empty)
 
 
 @gluon.jit
-def announce(board, number, there: gl.constexpr, tile):
+def make_board_of(barriers, HEARERS: gl.constexpr):
+    """An empty board before ``HEARERS`` warpgroups, each warp of which waits by itself.
+
+    Args:
+        barriers: of :mod:`fap_kernels.hopper.mbarriers`.
+    """
+    READERS: gl.constexpr = mbarriers.WARPS * HEARERS
+    full, empty = mbarriers.of_ring(barriers, mbarriers.ANNOUNCEMENTS, SLOTS, READERS)
+    return Board(_room(), full, empty)
+
+
+@gluon.jit
+def _room():
+    SINGLE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [SLOTS * NUMBERS, 1], SINGLE)
+
+
+@gluon.jit
+def announce(board, number, call, there: gl.constexpr, tile):
     """Say that tile number ``number`` of this program is ``tile``, or that there is none; for one warp.
 
     Without a board, nothing is said.
     """
     if board is not None:
-        place = (
-            tile.batch, tile.head, tile.first_query, tile.q_start, tile.seqlen_q, tile.k_start, tile.seqlen_k,
-        )  # fmt: skip
-        _say(board, number, there, place)
+        if call.cu_seqlens_q is not None or call.cu_seqlens_k is not None:
+            place = (
+                tile.batch, tile.head, tile.first_query, tile.q_start, tile.seqlen_q, tile.k_start,
+                tile.seqlen_k,
+            )  # fmt: skip
+            _say(board, number, there, place)
+        else:
+            _say(board, number, there, (tile.batch, tile.head, tile.first_query))
 
 
 @gluon.jit
@@ -72,24 +95,48 @@ def announce_keys(board, number, there: gl.constexpr, tile):
 @gluon.jit
 def keys_at(board, number, WARPS: gl.constexpr):
     """Whether there is a key tile number ``number``, and the tile; for a partition of so many warps."""
-    there, n = _hear(board, number, 9, WARPS)
-    return there, backward_work.KeyTile(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8])
+    slot = number % SLOTS
+    mbarrier.wait(board.full.index(slot), number // SLOTS & 1)
+    there, n = _read_all(board, slot, 9, WARPS)
+    mbarrier.arrive(board.empty.index(slot))
+    return there > 0, backward_work.KeyTile(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8])
 
 
 @gluon.jit
-def tile_at(board, number, call, turn, BLOCK_M: gl.constexpr, PAIRED: gl.constexpr):
-    """The turn of tile number ``number``, whether there is one, and the tile; for four warps.
+def tile_at(operands, number, turn, BLOCK_M: gl.constexpr, PAIRED: gl.constexpr):
+    """The turn of tile number ``number``, whether there is one, and the tile; for a warpgroup.
 
-    Where nothing is announced, it is the first one from ``turn`` on.
+    Where nothing is announced, it is the first one from ``turn`` on. Else each warp waits by itself for the
+    announcement, as :mod:`fap_kernels.hopper.mbarriers` has it.
+
+    Args:
+        operands: the :class:`fap_kernels.hopper.forward.Operands`.
     """
+    call, board = operands.call, operands.board
     if board is None:
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         return turn, work.there_is(call, turn, PAIRED), tile
     else:
-        there, n = _hear(board, number, 7, 4)
-        q_batch = 0 if call.cu_seqlens_q is not None else n[0]
-        k_batch = 0 if call.cu_seqlens_k is not None else n[0]
-        return turn, there, work.Tile(n[0], n[1], n[2], q_batch, n[3], n[4], k_batch, n[5], n[6])
+        slot = number % SLOTS
+        # Of other sequences the rest is known.
+        PACKED: gl.constexpr = call.cu_seqlens_q is not None or call.cu_seqlens_k is not None
+        mbarriers.wait(operands, mbarriers.ANNOUNCEMENTS, slot, number // SLOTS & 1)
+        there, n = _read_all(board, slot, 7 if PACKED else 3, 4)
+        # The slot is given back once all of it has come, which takes an instruction that waits for it: none
+        # of the numbers is negative, and no compiler knows.
+        known = there
+        for number_of in gl.static_range(len(n)):
+            known |= n[number_of]
+        mbarriers.give_back(operands, mbarriers.ANNOUNCEMENTS, slot, pred=known >= 0)
+        if PACKED:
+            q_batch = 0 if call.cu_seqlens_q is not None else n[0]
+            k_batch = 0 if call.cu_seqlens_k is not None else n[0]
+            tile = work.Tile(n[0], n[1], n[2], q_batch, n[3], n[4], k_batch, n[5], n[6])
+        else:
+            q_batch, q_start, seqlen_q = spans.span_of(None, None, call.seqlen_q, n[0])
+            k_batch, k_start, seqlen_k = spans.span_of(None, None, call.seqlen_k, n[0])
+            tile = work.Tile(n[0], n[1], n[2], q_batch, q_start, seqlen_q, k_batch, k_start, seqlen_k)
+        return turn, there > 0, tile
 
 
 @gluon.jit
@@ -105,16 +152,13 @@ def _say(board, number, there: gl.constexpr, place):
 
 
 @gluon.jit
-def _hear(board, number, COUNT: gl.constexpr, WARPS: gl.constexpr):
-    """Whether announcement ``number`` is of a tile, and the ``COUNT`` numbers that say where it is."""
-    slot = number % SLOTS
-    mbarrier.wait(board.full.index(slot), number // SLOTS & 1)
+def _read_all(board, slot, COUNT: gl.constexpr, WARPS: gl.constexpr):
+    """Whether a slot's announcement is of a tile, 1 or 0, and the ``COUNT`` numbers that say where it is."""
     first = slot * NUMBERS
-    there = _read(board.numbers, first, WARPS) > 0
+    there = _read(board.numbers, first, WARPS)
     place = ()
     for n in gl.static_range(COUNT):
         place += (_read(board.numbers, first + 1 + n, WARPS),)  # type: ignore[assignment]
-    mbarrier.arrive(board.empty.index(slot))
     return there, place
 
 

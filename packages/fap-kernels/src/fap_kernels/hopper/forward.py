@@ -132,7 +132,7 @@ def hopper_forward_kernel(
         values = ring.make_ring(ring.make_tiles(v_part0, STAGES), barriers, VALUES, STAGES, WARPGROUPS)
     board = None
     if cu_seqlens_q is not None or tickets is not None:
-        board = announcements.make_board(WARPGROUPS)
+        board = announcements.make_board_of(barriers, WARPGROUPS)
     fence_async_shared()
     operands = Operands(
         call, score, board, alibi_stride, queries, keys, values, k_shared, v_shared,
@@ -227,7 +227,7 @@ def _fetch(
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
     count = 0
     while work.there_is(call, turn, PAIRED):
-        announcements.announce(operands.board, count, True, tile)
+        announcements.announce(operands.board, count, call, True, tile)
         q_packed = tile.q_start if call.cu_seqlens_q is not None else None
         k_packed = tile.k_start if call.cu_seqlens_k is not None else None
         q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
@@ -255,7 +255,7 @@ def _fetch(
             stage, phase = ring.advance(stage, phase, STAGES)
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         count += 1
-    announcements.announce(operands.board, count, False, tile)
+    announcements.announce(operands.board, count, call, False, tile)
     _meet(operands)
 
 
@@ -276,7 +276,6 @@ def _multiply(
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    call = operands.call
     stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
     _meet(operands)
     # Whether the next tile's first scores are there before this one's output has left.
@@ -284,7 +283,7 @@ def _multiply(
     if TURNS:
         turns.first_turn(WARPGROUP, WARPGROUPS)
 
-    turn, there, tile = announcements.tile_at(operands.board, 0, call, 0, BLOCK_M, PAIRED)
+    turn, there, tile = announcements.tile_at(operands, 0, 0, BLOCK_M, PAIRED)
     if AHEAD:
         begun, sweep, stage, phase = _begin(
             operands, tile, there, WARPGROUP, q_slot, q_phase, stage, phase,
@@ -310,7 +309,7 @@ def _multiply(
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
         count += 1
-        turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
+        turn, there, tile = announcements.tile_at(operands, count, turn + 1, BLOCK_M, PAIRED)
         q_slot = count % Q_STAGES * WARPGROUPS + WARPGROUP
         q_phase = count // Q_STAGES & 1
         if OVERLAP_TILES:

@@ -28,6 +28,7 @@ from .compat import as_int, assemble, reinterpret
 
 __all__ = [
     "ALL",
+    "ANNOUNCEMENTS",
     "KEYS",
     "KIND",
     "QUERIES",
@@ -45,7 +46,8 @@ __all__ = [
 KEYS = gl.constexpr(0)
 VALUES = gl.constexpr(1)
 QUERIES = gl.constexpr(2)
-"""The rings, in the order of their barriers."""
+ANNOUNCEMENTS = gl.constexpr(3)
+"""The rings, and the board of :mod:`fap_kernels.hopper.announcements`, in the order of their barriers."""
 
 SLOTS = gl.constexpr(8)
 """At most, of a ring: so many barriers of each kind there are."""
@@ -60,7 +62,8 @@ WARPS = gl.constexpr(4)
 """Of a warpgroup."""
 
 ALL = gl.constexpr(12)
-"""Rows of barriers that are set aside, six of which are used: 768 bytes, to be the largest but for tiles."""
+"""Rows of barriers that are set aside, eight of which are used at most: 768 bytes, to be the largest but for
+tiles."""
 
 
 @gluon.jit
@@ -95,7 +98,7 @@ def wait(operands: Any, which: Any, slot: Any, phase: Any, pred: Any = True, _se
 
     Args:
         operands: the :class:`fap_kernels.hopper.forward.Operands`.
-        which: the ring, ``KEYS``, ``VALUES`` or ``QUERIES``.
+        which: the ring, ``KEYS``, ``VALUES`` or ``QUERIES``, or ``ANNOUNCEMENTS``.
         phase: of the slot's barrier.
     """
     which = unwrap(which)
@@ -135,7 +138,7 @@ def give_back(operands: Any, which: Any, slot: Any, pred: Any = True, _semantic:
         pred: whether it is given back.
     """
     which = unwrap(which)
-    shared = unwrap((operands.k_shared, operands.v_shared, None)[which])
+    shared = unwrap((operands.k_shared, operands.v_shared, None, None)[which])
     if shared is not None:
         cluster.give_back(shared, slot, pred, _semantic=_semantic)
         return
@@ -161,7 +164,7 @@ def give_back(operands: Any, which: Any, slot: Any, pred: Any = True, _semantic:
 
 
 def _ring_of(operands: Any, which: int) -> Any:
-    return (operands.k_ring, operands.v_ring, operands.q_ring)[which]
+    return (operands.k_ring, operands.v_ring, operands.q_ring, operands.board)[which]
 
 
 def _place_of(operands: Any, which: int) -> int:

@@ -238,10 +238,6 @@ def _fetch(
             ring.fill(operands.q_ring, slot, q_phase, q_rows, tile.head, tile.first_query + warpgroup * ROWS)
         q_stage, q_phase = ring.advance(q_stage, q_phase, Q_STAGES)
         head_k = tile.head // call.group
-        # To draw a ticket takes a microsecond: it is done while the rings are still full.
-        if call.tickets is not None:
-            grid.wait_for_previous()  # which sets the counter to 0
-        turn = work.turn_after(call, turn)
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for step in range(sweep.count):
             first_key = sweep.top - step * BLOCK_N
@@ -253,6 +249,11 @@ def _fetch(
                 cluster.fill(operands.k_shared, stage, phase, parts[1], DESCRIPTOR, KERNEL, place)
                 cluster.fill(operands.v_shared, stage, phase, parts[2], 2 * DESCRIPTOR, KERNEL, place)
             stage, phase = ring.advance(stage, phase, STAGES)
+        # To draw a ticket takes a microsecond: it is done while the rings are still full, but no sooner, since
+        # what is drawn is no other program's any more.
+        if call.tickets is not None:
+            grid.wait_for_previous()  # which sets the counter to 0
+        turn = work.turn_after(call, turn)
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         count += 1
     announcements.announce(operands.board, count, call, False, tile)

@@ -381,9 +381,9 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
 
 # Run for marked tiles alone; small, so that many programs look at marks side by side.
 REDO = {
-    64: RedoConfig(64, 64, 4, 2, 16),
-    128: RedoConfig(64, 64, 4, 2, 16),
-    256: RedoConfig(64, 32, 8, 2, 16),
+    64: RedoConfig(64, 64, 4, 2, 32),
+    128: RedoConfig(64, 64, 4, 2, 32),
+    256: RedoConfig(64, 32, 8, 2, 32),
 }
 
 BACKWARD_64 = BackwardConfig(width=64, block_m=128, stages=2, three=True)

@@ -56,7 +56,7 @@ class Task(NamedTuple):
         """Read ``HEAD_DIM MASK LENGTH [fwd|bwd] [bf16|fp16] [groupN]: CANDIDATE ...``.
 
         Raises:
-            ValueError: it is written differently.
+            ValueError: it is written differently, or the group does not divide the heads.
         """
         point, _, candidates = text.partition(":")
         try:
@@ -76,6 +76,9 @@ class Task(NamedTuple):
                 group = int(word.removeprefix("group"))
             else:
                 raise ValueError(f"{word!r} in {point!r} is no direction, dtype or group")
+        nheads = WIDTH // number
+        if group < 1 or nheads % group:
+            raise ValueError(f"{point!r} has {nheads} heads, which are no groups of {group}")
         parsed = tuple(Candidate.parse(candidate, builds) for candidate in candidates.split())
         return cls(number, mask, length, direction, dtype, group, parsed)
 
@@ -98,7 +101,7 @@ class Task(NamedTuple):
     @property
     def nheads(self) -> int:
         """Query heads, of which ``group`` share a key head."""
-        return max(WIDTH // self.head_dim, self.group)
+        return WIDTH // self.head_dim
 
     @property
     def lengths(self) -> list[int] | None:

@@ -61,13 +61,15 @@ def test_points_and_candidates_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["128 causal", "x causal 512", "128 causal 512 up", "128 full 512: new:turns"]
-)
+    "text",
+    ["128 causal", "x causal 512", "128 causal 512 up", "128 full 512: new:turns", "256 full 512 group16",
+     "128 full 512 group3", "128 full 512 group0"],
+)  # fmt: skip
 def test_what_is_no_point_is_refused(text: str) -> None:
     from builds import Build
     from hopper_points import Task
 
-    with pytest.raises(ValueError, match="a point is|is no direction|must begin with a build"):
+    with pytest.raises(ValueError, match="a point is|is no direction|must begin with a build|are no groups"):
         Task.parse(text, {"here": Build()})
 
 

@@ -261,15 +261,16 @@ class RedoConfig:
 # One program a multiprocessor, which overlaps its query tiles, while its warpgroups take turns.
 _FLOWING = {"persistent": True, "overlap_tiles": True, "turns": True}
 
+# The same of three warpgroups that draw their query tiles, and overlap but the fetching of queries.
+_DRAWN_64 = HopperConfig(64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True, tickets=True)
+
 # TFLOP/s against the portable kernel's and cuDNN's in the same run; H200, bf16, 16,384 tokens,
 # nheads * head_dim = 2048, Triton 3.6. Read from the top; the first row that fits is taken.
 FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     # Packed: 32 sequences of 2048, and 65,536 tokens in lengths drawn from a log-normal ("mixed"); H100.
     HopperRow(head_dim=56, packed=True, plain=True, config=HopperConfig(64, 3, 128, 3), by_default=False,
               why="its speed on packed sequences is not measured at head dimensions below 64"),
-    HopperRow(head_dim=64, packed=True, plain=True, bounded=False,
-              config=HopperConfig(
-                  64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True, tickets=True),
+    HopperRow(head_dim=64, packed=True, plain=True, bounded=False, config=_DRAWN_64,
               why="496 at 2k, 489 mixed; portable 408, 400; one warpgroup 439, 436"),
     HopperRow(head_dim=64, packed=True, plain=True,
               config=HopperConfig(64, 1, 64, 3, persistent=True, overlap_tiles=True, beside=3, tickets=True),
@@ -307,9 +308,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="d40: 301 at 4k; three warpgroups 281; portable 209, cuDNN 273"),
     HopperRow(head_dim=56, bounded=True, config=HopperConfig(64, 3, 128, 3), by_default=False,
               why="d40: the portable kernel is faster by 1.3 at 512, causal"),
-    HopperRow(head_dim=64, bounded=False, seqlen_from=1024,
-              config=HopperConfig(
-                  64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True, tickets=True),
+    HopperRow(head_dim=64, bounded=False, seqlen_from=1024, config=_DRAWN_64,
               why="440 at 1k, 514 at 2k, 588 at 8k, 596 at 16k; no tickets 429, 504, 576; 589, none ahead"),
     HopperRow(head_dim=64, bounded=False,
               config=HopperConfig(
@@ -319,9 +318,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=12288,
               config=HopperConfig(64, 3, 128, 3, turns=True),
               why="554 at 16k; tickets 550; of other runs portable 423, cuDNN 436, two warpgroups 514"),
-    HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=8192,
-              config=HopperConfig(
-                  64, 3, 128, 3, persistent=True, queries_ahead=True, turns=True, tickets=True),
+    HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=8192, config=_DRAWN_64,
               why="530 at 8k; one tile a program 520; of other runs portable 395, cuDNN 428"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=2048,
               config=HopperConfig(64, 2, 128, 3, paired=True, **_FLOWING),

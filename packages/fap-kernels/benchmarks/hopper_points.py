@@ -76,11 +76,11 @@ class Task(NamedTuple):
                 group = int(word.removeprefix("group"))
             else:
                 raise ValueError(f"{word!r} in {point!r} is no direction, dtype or group")
-        nheads = WIDTH // number
-        if group < 1 or nheads % group:
-            raise ValueError(f"{point!r} has {nheads} heads, which are no groups of {group}")
         parsed = tuple(Candidate.parse(candidate, builds) for candidate in candidates.split())
-        return cls(number, mask, length, direction, dtype, group, parsed)
+        task = cls(number, mask, length, direction, dtype, group, parsed)
+        if group < 1 or task.nheads % group:
+            raise ValueError(f"{point!r} has {task.nheads} heads, which are no groups of {group}")
+        return task
 
     @property
     def name(self) -> str:

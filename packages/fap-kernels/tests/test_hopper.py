@@ -27,8 +27,8 @@ from fap_kernels.target import SM_80, SM_90
 
 # Bytes a thread that a row may spill, stores and loads together: what the assemblers of Triton 3.6 to 3.9
 # were seen to spill, and a margin. One warpgroup spills nothing, and two hardly more. Three, with 160
-# registers a thread, spill 288 with Triton 3.6, where they were measured, outside the loop without a mask,
-# and up to 2.7 KB with 3.9, inside it too. With softcap and ALiBi, Triton 3.6 spills 68 and 3.9 up to 2.3 KB.
+# registers a thread, spill up to 64 with Triton 3.6, where they were measured, and up to 2.0 KB with 3.9 (2.7
+# in rows of before). With softcap and ALiBi, Triton 3.6 spills 68 and 3.9 up to 2.3 KB.
 SPILLS = {1: 0, 2: 384, 3: 3072}
 SPILLS_OF_DECORATED = {1: 320, 2: 2432}
 PROCESSORS = 1  # so that programs have more than one tile

@@ -317,15 +317,16 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="375 at 512; no tickets 369; queries not held 372, three warpgroups 367"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=12288,
               config=HopperConfig(64, 3, 128, 3, turns=True),
-              why="554 at 16k; tickets 550; of other runs portable 423, cuDNN 436, two warpgroups 514"),
+              why="554 at 16k; drawn 550; 548 where pairs have 556, but they leave few heads' programs idle"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=8192, config=_DRAWN_64,
               why="530 at 8k; one tile a program 520; of other runs portable 395, cuDNN 428"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=2048,
               config=HopperConfig(64, 2, 128, 3, paired=True, **_FLOWING),
               why="423 at 2k, 480 at 4k; drawn, three warpgroups 423, 476; of other runs portable 331, 366"),
     HopperRow(head_dim=64, bounded=True,
-              config=HopperConfig(64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, beside=3),
-              why="270 at 512, 343 at 1k; drawn, in one launch more, 273, 345; two warpgroups 266, 340"),
+              config=HopperConfig(
+                  64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, hold_queries=True, beside=3),
+              why="271 at 512, 346 at 1k; queries not held 269, 335; two warpgroups, held 262, 341"),
 
     # A cluster has 256 queries at a time, so with few of them many of its programs would have none.
     HopperRow(head_dim=128, bounded=False, seqlen_from=1024, queries_from=1024,
@@ -338,8 +339,9 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
                   128, 2, 128, 2, persistent=True, turns=True, hold_queries=True, out_parts=1),
               why="642 at 2k, 720 at 8k, 733 at 16k; tiles overlapped, queries not held 636, 710, 729"),
     HopperRow(head_dim=128, bounded=False,
-              config=HopperConfig(128, 2, 64, 4, **_FLOWING),
-              why="515 at 512; portable 355, cuDNN 492; 128 keys 484; clusters of 64 keys 506 to its 502"),
+              config=HopperConfig(
+                  128, 2, 64, 4, persistent=True, turns=True, hold_queries=True, out_parts=1),
+              why="518 at 512; tiles overlapped, queries not held 511; clusters 509 to its 522, 128 keys 500"),
     HopperRow(head_dim=128, windowed=True, seqlen_from=1024,
               config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True),
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
@@ -352,9 +354,15 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=4096, queries_below=4096,
               config=HopperConfig(128, 2, 128, 2, hold_queries=True),
               why="634 at 8k, 681 at 16k; queries not held 622, 665; of other runs portable 451, 476"),
+    HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=2048, queries_from=2048,
+              config=HopperConfig(
+                  128, 2, 64, 4, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1,
+                  cluster=True),
+              why="552 at 2k; no clusters 549, tiles overlapped, queries not held 543, clusters of 128 keys 548"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=1024,
-              config=HopperConfig(128, 2, 64, 4, paired=True, **_FLOWING),
-              why="442 at 1k, 533 at 2k; 128 keys 421, 521; cuDNN 392, 459"),
+              config=HopperConfig(
+                  128, 2, 64, 4, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1),
+              why="458 at 1k, 549 at 2k; tiles overlapped, queries not held 454, 543; clusters 450, 552"),
     HopperRow(head_dim=128, bounded=True, config=HopperConfig(128, 2, 64, 4, tickets=True, **_FLOWING),
               why="341 at 512, 437 at 1k; pairs 329, 441"),
 
@@ -366,6 +374,10 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=256, bounded=False,
               config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, out_parts=2),
               why="544 at 512, 697 at 2k, 752 at 8k; by the queries' place 494, 671, 747"),
+    HopperRow(head_dim=256, bounded=True, windowed=False, seqlen_from=1024, queries_from=1024,
+              config=HopperConfig(
+                  256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2, cluster=True),
+              why="476 at 1k, 653 at 4k, 709 at 8k; no clusters 469, 632, one tile a program 676 at 8k"),
     HopperRow(head_dim=256, bounded=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
               why="686 at 8k, 706 at 16k; pairs 677, 685"),
     HopperRow(head_dim=256, bounded=True, seqlen_from=1024,

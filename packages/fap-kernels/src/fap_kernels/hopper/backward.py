@@ -56,20 +56,10 @@ from ..backward.step import products_grad
 from ..language import grid, rows, scores
 from ..launch import UNSPECIALIZED
 from . import backward_tiles, backward_work, barriers, cluster, order, ring, work
-from .backward_tiles import ROWS, THREADS, WITH_ANOTHER
+from .backward_tiles import BARRIERS, DELTA, DOUTS, LSE, NUMBERS, QUERIES, ROWS, THREADS, WITH_ANOTHER
 from .compat import barrier, tma_add, tma_store
 
 KERNEL = gl.constexpr("hopper_backward_kernel")
-QUERIES = gl.constexpr(0)
-DOUTS = gl.constexpr(3 * cluster.DESCRIPTOR.value)
-LSE = gl.constexpr(6 * cluster.DESCRIPTOR.value)
-DELTA = gl.constexpr(6 * cluster.DESCRIPTOR.value + cluster.VECTOR.value)
-"""The numbers of their tensor maps among the kernel's parameters."""
-
-NUMBERS = gl.constexpr(224 << 10)
-BARRIERS = gl.constexpr(225 << 10)
-"""Where the numbers of rows lie in the shared memory of a cluster's programs, and where barriers. All tiles
-lie before them: 128 KB that the TMA unit fills, 64 KB of dQ, 32 KB of dS."""
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -96,7 +86,8 @@ def hopper_backward_kernel(
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     q_shared, dout_shared = None, None
     if CLUSTER:
-        room = backward_tiles.make_shared_tiles(q_part0, k_part0, lse_part0, STAGES)
+        # A warp of each program says what is free.
+        room = backward_tiles.make_shared_tiles(q_part0, k_part0, lse_part0, STAGES, 2)
         TILE: gl.constexpr = k_part0.block_type.nbytes
         q_shared = cluster.Shared(0, 2 * TILE, BARRIERS, BARRIERS + cluster.EMPTY, 0)
         SECOND: gl.constexpr = BARRIERS + cluster.BARRIERS[0]
@@ -155,9 +146,11 @@ def _fetch(
     q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     dout_rows = rows.Rows(None, None, parts[3], None, tile.q_batch, q_packed, tile.seqlen_q, None)
     steps = call.group * sweep.count
-    _begin(operands, True)
+    backward_tiles.begin(operands, True)
     if steps > 0:
-        backward_tiles.fill_keys(operands, operands.k_full, _keys(operands), parts[1], tile)
+        backward_tiles.fill_keys(
+            operands, operands.k_full, backward_tiles.keys_of(operands, 0), parts[1], tile
+        )
     grid.wait_for_previous()
     for step in range(steps):
         member, number = step // sweep.count, step % sweep.count
@@ -169,7 +162,9 @@ def _fetch(
             cluster.Vector(parts[4], position, NUMBERS), QUERIES, LSE, STAGES,
         )  # fmt: skip
         if step == 0:
-            backward_tiles.fill_keys(operands, operands.v_full, _values(operands, step), parts[2], tile)
+            backward_tiles.fill_keys(
+                operands, operands.v_full, backward_tiles.values_of(operands, step), parts[2], tile
+            )
         _fill(
             operands.douts, operands.dout_shared, barriers.DOUTS_FREE, step, dout_rows, head, first_query,
             cluster.Vector(parts[5], position, NUMBERS + STAGES * parts[4].block_type.nbytes), DOUTS, DELTA,
@@ -206,7 +201,7 @@ def _say_what_is_free(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ST
 
     The last ones are not fetched again.
     """
-    _begin(operands, True)
+    backward_tiles.begin(operands, True)
     _, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     for step in range(operands.call.group * sweep.count - STAGES):
         stage = step % STAGES
@@ -217,42 +212,6 @@ def _say_what_is_free(operands, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ST
 
 
 @gluon.jit
-def _begin(operands, WAIT: gl.constexpr):
-    """In a cluster, say that this warp is here; with ``WAIT``, wait for all.
-
-    At the end there is nothing to wait for: each program has waited for all that the other one did to it. No
-    warp of it ends before the last of them has, so that those that have only arrived never count as gone.
-    """
-    if operands.q_shared is not None:
-        cluster.arrive()
-        if WAIT:
-            cluster.wait()
-
-
-@gluon.jit
-def _keys(operands):
-    """The key tile."""
-    if operands.q_shared is None:
-        return operands.k
-    else:
-        return operands.k.index(0)
-
-
-@gluon.jit
-def _values(operands, step):
-    """The tile of values.
-
-    In a cluster its place is made of a number that is 0 in each step, which no compiler knows. Else the
-    addresses of all parts of keys and values are kept from step to step, for which there are too few uniform
-    registers.
-    """
-    if operands.q_shared is None:
-        return operands.v
-    else:
-        return operands.v.index(1 + (step >> 30))
-
-
-@gluon.jit
 def _send(
     SLOT: gl.constexpr, operands, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     PADDING: gl.constexpr,
@@ -260,7 +219,7 @@ def _send(
     """Have the TMA unit add every second tile of dQ to memory, from its slot of the staging memory."""
     call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
-    _begin(operands, False)
+    backward_tiles.begin(operands, False)
     place = operands.staging.index(SLOT)
     LINE: gl.constexpr = operands.dq_acc.block_shape[1]
     grid.wait_for_previous()
@@ -301,7 +260,7 @@ def _multiply(
     """Compute the gradients of 64 keys and values, and half of each tile of dQ."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
-    _begin(operands, False)
+    backward_tiles.begin(operands, False)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
@@ -317,9 +276,13 @@ def _multiply(
     )
     # Both have retired all their products: the tiles are no longer needed.
     barriers.meet(barriers.EXCHANGE, THREADS)
-    backward_tiles.store(operands, _values(operands, 0), WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(
+        operands, backward_tiles.values_of(operands, 0), WARPGROUP, dv, operands.dv, tile, WIDTH, BLOCK_N
+    )
     dk = dk * operands.score.scale
-    backward_tiles.store(operands, _keys(operands), WARPGROUP, dk, operands.dk, tile, WIDTH, BLOCK_N)
+    backward_tiles.store(
+        operands, backward_tiles.keys_of(operands, 0), WARPGROUP, dk, operands.dk, tile, WIDTH, BLOCK_N
+    )
     tma.store_wait(0)
 
 
@@ -343,8 +306,8 @@ def _step(
     stage, phase = step % STAGES, step // STAGES & 1
     head = tile.head_k * call.group + member
     first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
-    k = ring.matrix(_keys(operands), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
-    v = ring.matrix(_values(operands, step), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    k = ring.matrix(backward_tiles.keys_of(operands, 0), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
+    v = ring.matrix(backward_tiles.values_of(operands, step), BLOCK_N, WIDTH).slice(WARPGROUP * ROWS, ROWS, 0)
     q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
     dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
@@ -420,7 +383,7 @@ def _exchange(
     slot.slice(WARPGROUP * ROWS, ROWS, 0).store(ds)
     fence_async_shared()
     barriers.meet(barriers.EXCHANGE + step % 2, WITH_ANOTHER)
-    all_keys = ring.matrix(_keys(operands), BLOCK_N, WIDTH)
+    all_keys = ring.matrix(backward_tiles.keys_of(operands, 0), BLOCK_N, WIDTH)
     no_dq = gl.zeros([ROWS, ROWS], gl.float32, HALF)
     if BLOCK_M == ROWS:  # halves of the columns
         half_dot = slot.permute([1, 0])

@@ -122,7 +122,7 @@ def _plan_gradients(
     programs = items = problem.nheads_k * tiles
     own: dict[str, Any]  # what only one of the kernels takes
     if config.relay:
-        kernel, own = hopper_backward_relay_kernel, {}
+        kernel, own = hopper_backward_relay_kernel, {"CLUSTER": cluster > 1}
     elif _in_three(problem, config):
         kernel, own = hopper_backward_three_kernel, _in_order_by_three(additions, dq_acc, dq)
         programs = min(processors, items)

@@ -46,10 +46,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import scores
 from ..launch import UNSPECIALIZED
-from . import backward_tiles, barriers, ring, work
+from . import backward_tiles, barriers, cluster, mbarriers, ring, work
 from .backward_third import ALL, SLOTS, make_dq
-from .backward_tiles import LOWER, ROWS, THREADS
+from .backward_tiles import BARRIERS, LOWER, ROWS, THREADS
 from .compat import reinterpret
+
+GIVEN_BACK = gl.constexpr(2 * 2 * mbarriers.WARPS.value)
+"""Warps that give a shared stage back: those of two warpgroups, of each program."""
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
@@ -59,25 +62,36 @@ def hopper_backward_relay_kernel(
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots,
     nheads, group, seqlen_q, seqlen_k, items, window_left, window_right, softmax_scale, softcap,
     WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr,
+    PADDING: gl.constexpr, FOLD_SCALE: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Write ``dk`` and ``dv`` of a key tile and add what it contributes to ``dq_acc``.
 
-    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says.
+    Grid: one program a key tile, numbered as :func:`fap_kernels.hopper.backward_work.key_tile_of` says. With
+    ``CLUSTER`` two of neighbouring numbers have neighbouring key tiles, and sweep the same queries.
     """
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
-        window_left, window_right, items, heads_beside, None, None,
+        window_left, window_right, items, heads_beside, None, True if CLUSTER else None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
     gl.static_assert(BLOCK_M == ROWS and BLOCK_N == ROWS, "a warpgroup holds 64 keys by 64 queries")
-    room = backward_tiles.make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES)
+    q_shared, dout_shared = None, None
+    if CLUSTER:
+        room = backward_tiles.make_shared_tiles(q_part0, k_part0, lse_part0, STAGES, GIVEN_BACK)
+        TILE: gl.constexpr = k_part0.block_type.nbytes
+        q_shared = cluster.Shared(0, 2 * TILE, BARRIERS, BARRIERS + cluster.EMPTY, 0)
+        SECOND: gl.constexpr = BARRIERS + cluster.BARRIERS[0]
+        dout_shared = cluster.Shared(0, (2 + STAGES) * TILE, SECOND, SECOND + cluster.EMPTY, 1)
+    else:
+        room = backward_tiles.make_tiles(
+            q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, STAGES
+        )
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     exchange = gl.allocate_shared_memory(dk_part0.dtype, [SLOTS, BLOCK_N, BLOCK_M], SWIZZLED)
     staging = gl.allocate_shared_memory(dk_part0.dtype, [1, 2 * ROWS, ROWS], SWIZZLED)
     fence_async_shared()
     operands = backward_tiles.Operands(
-        call, score, None, None, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full,
+        call, score, q_shared, dout_shared, alibi_stride, room.queries, room.douts, room.k, room.v, room.k_full,
         room.v_full, None, None, exchange, staging, dk_part0, dv_part0, None, dq_acc_part0, None, None, None,
         None, rows_padded,
     )  # fmt: skip
@@ -104,6 +118,7 @@ def _make_dv(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    backward_tiles.begin(operands, False)
     dv = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.k_full, 0, pred=sweep.count > 0)
     dv = backward_tiles.sweep_queries(
@@ -113,7 +128,8 @@ def _make_dv(
     if steps > 0:
         # With the last slot the second warpgroup has given back the values.
         barriers.meet(barriers.SLOT_FREE + (steps - 1) % SLOTS, THREADS)
-    backward_tiles.store(operands, operands.v, 0, dv * LOWERED, operands.dv, tile, WIDTH, BLOCK_N)
+    place = backward_tiles.values_of(operands, 0)
+    backward_tiles.store(operands, place, 0, dv * LOWERED, operands.dv, tile, WIDTH, BLOCK_N)
     tma.store_wait(0)
 
 
@@ -128,11 +144,11 @@ def _weigh_step(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
     call = operands.call
     queries, douts = operands.queries, operands.douts
-    step = member * sweep.count + number
+    step, steps = member * sweep.count + number, call.group * sweep.count
     stage, phase, slot = step % STAGES, step // STAGES & 1, step % SLOTS
     head = tile.head_k * call.group + member
     first_query = backward_tiles.first_query_of(operands, sweep, number, BLOCK_M)
-    k = ring.matrix(operands.k, BLOCK_N, WIDTH)
+    k = ring.matrix(backward_tiles.keys_of(operands, step), BLOCK_N, WIDTH)
     q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
     dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
 
@@ -141,7 +157,7 @@ def _weigh_step(
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
     s = warpgroup_mma(k, q.permute([1, 0]), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
-    barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
+    _give_back(operands.q_shared, barriers.QUERIES_FREE, step, steps, STAGES)
     weights = backward_tiles.weigh(
         operands, tile, head, first_query, tile.first_key, s, row_lse, BLOCK_M, MASKED
     )
@@ -154,7 +170,7 @@ def _weigh_step(
     mbarrier.wait(douts.full.index(stage), phase)
     dv = warpgroup_mma(p, dout, dv, is_async=True)
     dv, p = warpgroup_mma_wait(0, [dv, p])
-    barriers.arrive(barriers.DOUTS_FREE + stage, ALL)
+    _give_back(operands.dout_shared, barriers.DOUTS_FREE, step, steps, STAGES)
     return dv
 
 
@@ -170,12 +186,13 @@ def _make_dk(
     call = operands.call
     queries, douts = operands.queries, operands.douts
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
+    backward_tiles.begin(operands, False)
     steps = call.group * sweep.count
-    v = ring.matrix(operands.v, BLOCK_N, WIDTH)
     dk = gl.zeros([ROWS, WIDTH], gl.float32, ACC)
     mbarrier.wait(operands.v_full, 0, pred=steps > 0)
     for step in range(steps):
         stage, phase, slot = step % STAGES, step // STAGES & 1, step % SLOTS
+        v = ring.matrix(backward_tiles.values_of(operands, step), BLOCK_N, WIDTH)
         q = ring.matrix(queries.tiles.index(stage), BLOCK_M, WIDTH)
         dout = ring.matrix(douts.tiles.index(stage), BLOCK_M, WIDTH)
         mbarrier.wait(douts.full.index(stage), phase)
@@ -185,7 +202,7 @@ def _make_dk(
         barriers.meet(barriers.WEIGHTS_THERE + slot, THREADS)
         share = _as_float16(operands.exchange.index(slot)).load(S).to(gl.float32)
         dp = warpgroup_mma_wait(0, [dp])
-        barriers.arrive(barriers.DOUTS_FREE + stage, ALL)
+        _give_back(operands.dout_shared, barriers.DOUTS_FREE, step, steps, STAGES)
         ds = (share * dp).to(operands.dk.dtype)
         operands.exchange.index(slot).store(ds)
         fence_async_shared()
@@ -194,12 +211,25 @@ def _make_dk(
         ds = gl.convert_layout(ds, WEIGHTS, assert_trivial=True)
         dk = warpgroup_mma(ds, q, dk, is_async=True)
         dk, ds = warpgroup_mma_wait(0, [dk, ds])
-        barriers.arrive(barriers.QUERIES_FREE + stage, ALL)
+        _give_back(operands.q_shared, barriers.QUERIES_FREE, step, steps, STAGES)
     # It was the last to read the last queries, which the first had to read for their weights.
     place = queries.tiles.index(gl.maximum(steps - 1, 0) % STAGES)
     dk = dk * (operands.score.scale * LOWERED)
     backward_tiles.store(operands, place, 0, dk, operands.dk, tile, WIDTH, BLOCK_M)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _give_back(shared, FREE: gl.constexpr, step, steps, STAGES: gl.constexpr):
+    """Let the stage of a step be filled again, as far as this warpgroup is concerned.
+
+    In a cluster each warp tells the program that fetches, but of the last ones, which are not fetched again:
+    it might have ended.
+    """
+    if shared is None:
+        barriers.arrive(FREE + step % STAGES, ALL)
+    else:
+        cluster.give_back(shared, step % STAGES, step + STAGES < steps)
 
 
 @gluon.jit

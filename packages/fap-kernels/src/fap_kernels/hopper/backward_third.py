@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import grid
 from . import announcements, backward_tiles, backward_work, barriers, order, ring
-from .backward_tiles import KEY_TILES, ROWS, THREADS
+from .backward_tiles import DELTA, DOUTS, KEY_TILES, LSE, NUMBERS, QUERIES, ROWS, THREADS
 from .compat import reinterpret, tma_add, tma_store
 
 SLOTS = gl.constexpr(2)
@@ -29,6 +29,12 @@ SLOTS = gl.constexpr(2)
 
 ALL = gl.constexpr(384)
 """Threads of the three warpgroups."""
+
+MEETING = barriers.QUERIES_FREE
+"""Where the warps of the third warpgroup meet to fetch, in a cluster, where stages are given back otherwise."""
+
+RELAY = gl.constexpr("hopper_backward_relay_kernel")
+"""The kernel in which no warp is left to fetch."""
 
 
 class Handover(NamedTuple):
@@ -65,10 +71,16 @@ def make_dq(
     """
     tile, sweep = backward_tiles.work_of(operands, BLOCK_M, BLOCK_N)
     steps = operands.call.group * sweep.count
-    _fetch_first(operands, parts, tile, sweep, steps, BLOCK_M, STAGES, PADDING)
+    warp = gl.inline_asm_elementwise(
+        "{ mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; shfl.sync.idx.b32 $0, $0, 0, 31, -1; and.b32 $0, $0, 3; }",
+        "=r,r", [steps], gl.int32, is_pure=False, pack=1,
+    )
+    backward_tiles.begin(operands, True)
+    keys = backward_tiles.keys_of(operands, 0)
+    _fetch_first(operands, warp, keys, parts, tile, sweep, steps, BLOCK_M, STAGES, PADDING)
     mbarrier.wait(operands.k_full, 0, pred=steps > 0)
     _make_steps(
-        operands, operands.k, parts, tile, sweep, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
+        operands, keys, (parts, warp), tile, sweep, steps, 0, HANDING_ON, LOWER, WIDTH, BLOCK_M, BLOCK_N,
         STAGES, PADDING, False,
     )  # fmt: skip
     tma.store_wait(0)
@@ -140,21 +152,56 @@ def _wait_until_sent(operands, handed, WIDTH: gl.constexpr, BLOCK_M: gl.constexp
 
 @gluon.jit
 def _fetch_first(
-    operands, parts, tile, sweep, steps, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr
-):
+    operands, warp, keys, parts, tile, sweep, steps, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr,
+):  # fmt: skip
     """Fetch the key tile, and as many query tiles as there is room for."""
     if steps > 0:
-        backward_tiles.fill_keys(operands, operands.k_full, operands.k, parts[1], tile)
+        backward_tiles.fill_keys(operands, operands.k_full, keys, parts[1], tile)
     grid.wait_for_previous()
     for step in range(gl.minimum(steps, STAGES)):
+        _fetch_queries(operands, warp, parts, tile, sweep, step, BLOCK_M, STAGES, PADDING)
+        if step == 0:
+            values = backward_tiles.values_of(operands, 0)
+            backward_tiles.fill_keys(operands, operands.v_full, values, parts[2], tile)
+        _fetch_douts(operands, warp, parts, tile, sweep, step, BLOCK_M, STAGES, PADDING)
+
+
+@gluon.jit
+def _fetch_queries(
+    operands, warp, parts, tile, sweep, step, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr
+):
+    """Fetch the queries of a step as soon as their stage is free."""
+    if operands.q_shared is None:
+        if step >= STAGES:
+            barriers.meet(barriers.QUERIES_FREE + step % STAGES, ALL)
         backward_tiles.fill(
             operands, operands.queries, parts[0], parts[4], tile, sweep, step, BLOCK_M, STAGES, PADDING
         )
-        if step == 0:
-            backward_tiles.fill_keys(operands, operands.v_full, operands.v, parts[2], tile)
+    else:
+        backward_tiles.fill_shared(
+            operands, operands.q_shared, parts[0], parts[4], NUMBERS, tile, sweep, step, RELAY, QUERIES, LSE,
+            BLOCK_M, STAGES, PADDING, MEETING, warp,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _fetch_douts(
+    operands, warp, parts, tile, sweep, step, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PADDING: gl.constexpr
+):
+    """The same of the output's gradient."""
+    if operands.dout_shared is None:
+        if step >= STAGES:
+            barriers.meet(barriers.DOUTS_FREE + step % STAGES, ALL)
         backward_tiles.fill(
             operands, operands.douts, parts[3], parts[5], tile, sweep, step, BLOCK_M, STAGES, PADDING
         )
+    else:
+        PLACE: gl.constexpr = NUMBERS + STAGES * parts[4].block_type.nbytes
+        backward_tiles.fill_shared(
+            operands, operands.dout_shared, parts[3], parts[5], PLACE, tile, sweep, step, RELAY, DOUTS, DELTA,
+            BLOCK_M, STAGES, PADDING, MEETING, warp,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -188,7 +235,7 @@ def _make_tiles(
     PLACES: gl.constexpr = operands.staging.shape[0]
     call = operands.call
     at, later = sweep.steps_before + step, step + STAGES
-    slot, stage = at % SLOTS, at % STAGES
+    slot = at % SLOTS
     head = tile.head_k * call.group + step // sweep.count
     first_query = backward_tiles.first_query_of(operands, sweep, step % sweep.count, BLOCK_M)
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
@@ -211,10 +258,7 @@ def _make_tiles(
         dq = warpgroup_mma(left, right, dq, use_acc=LAST, is_async=True)
         if parts is not None and part == 0:  # noqa: SIM102 - whether it is None is known to the compiler
             if later < steps:
-                barriers.meet(barriers.DOUTS_FREE + stage, ALL)
-                backward_tiles.fill(
-                    operands, operands.douts, parts[3], parts[5], tile, sweep, later, BLOCK_M, STAGES, PADDING
-                )
+                _fetch_douts(operands, parts[1], parts[0], tile, sweep, later, BLOCK_M, STAGES, PADDING)
         dq = warpgroup_mma_wait(0, [dq])
         if part == PARTS - 1:
             barriers.arrive(barriers.SLOT_FREE + slot, THREADS)
@@ -232,10 +276,7 @@ def _make_tiles(
             _add(operands, place, dq, _line_of(operands, position, part, WIDTH), PLACES)
     if parts is not None:  # noqa: SIM102
         if later < steps:
-            barriers.meet(barriers.QUERIES_FREE + stage, ALL)
-            backward_tiles.fill(
-                operands, operands.queries, parts[0], parts[4], tile, sweep, later, BLOCK_M, STAGES, PADDING
-            )
+            _fetch_queries(operands, parts[1], parts[0], tile, sweep, later, BLOCK_M, STAGES, PADDING)
 
 
 @gluon.jit

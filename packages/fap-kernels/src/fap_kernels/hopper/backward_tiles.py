@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..language import masks, rows, scores
 from ..language import softmax as weights
-from . import backward_work, hiding, ring, softmax, work
+from . import backward_work, cluster, hiding, ring, softmax, work
 from .compat import reinterpret, tma_load
 from .config import LIFT
 
@@ -23,6 +23,18 @@ WITH_ANOTHER = gl.constexpr(288)
 
 KEY_TILES = gl.constexpr(2)
 """So many have programs that stay room for: the next one comes while one is worked on."""
+
+QUERIES = gl.constexpr(0)
+DOUTS = gl.constexpr(3 * cluster.DESCRIPTOR.value)
+LSE = gl.constexpr(6 * cluster.DESCRIPTOR.value)
+DELTA = gl.constexpr(6 * cluster.DESCRIPTOR.value + cluster.VECTOR.value)
+"""The numbers of their tensor maps among the parameters of each kernel that runs in clusters."""
+
+NUMBERS = gl.constexpr(224 << 10)
+BARRIERS = gl.constexpr(225 << 10)
+"""Where the numbers of rows lie in the shared memory of a cluster's programs, and where barriers. All tiles
+lie before them: at 128 columns 128 KB that the TMA unit fills, 64 KB of dQ, 32 KB of dS; above, 192, 16 and
+16 KB."""
 
 LOWER = gl.constexpr(2.0**-LIFT)
 """What the LSE is lowered by lifts all weights, and so all gradients, until they leave."""
@@ -104,29 +116,37 @@ def make_tiles(q_part0, k_part0, v_part0, dout_part0, lse_part0, delta_part0, ST
 
 
 @gluon.jit
-def make_shared_tiles(q_part0, k_part0, lse_part0, STAGES: gl.constexpr):
+def make_shared_tiles(q_part0, k_part0, lse_part0, STAGES: gl.constexpr, GIVEN_BACK: gl.constexpr):
     """The same where two programs of a cluster share queries and the output's gradient.
 
     All tiles are one allocation, in pieces as large as a key tile: keys, values, queries, gradients. The
     numbers of the latter are another, and their barriers two more. ``k`` and ``v`` are all of the first.
+
+    Args:
+        GIVEN_BACK: how many give a stage back, of both programs.
     """
-    tiles = gl.allocate_shared_memory(k_part0.dtype, [4] + k_part0.block_shape, k_part0.layout)
+    # A key tile has as many bytes as two tiles of queries, or as one.
+    RING: gl.constexpr = STAGES * q_part0.block_type.nbytes // k_part0.block_type.nbytes
+    tiles = gl.allocate_shared_memory(k_part0.dtype, [2 + 2 * RING] + k_part0.block_shape, k_part0.layout)
     LENGTH: gl.constexpr = lse_part0.block_shape[0]
     numbers = gl.allocate_shared_memory(lse_part0.dtype, [2, STAGES * LENGTH], lse_part0.layout)
-    queries = _shared_tiles(tiles, numbers, 0, q_part0, lse_part0, STAGES)
-    douts = _shared_tiles(tiles, numbers, 1, q_part0, lse_part0, STAGES)
+    queries = _shared_tiles(tiles, 2, numbers, 0, q_part0, lse_part0, STAGES, GIVEN_BACK)
+    douts = _shared_tiles(tiles, 2 + RING, numbers, 1, q_part0, lse_part0, STAGES, GIVEN_BACK)
     k_full, v_full = _make_key_barriers()
     return Tiles(queries, douts, tiles, tiles, k_full, v_full)
 
 
 @gluon.jit
-def _shared_tiles(tiles, numbers, WHICH: gl.constexpr, like, vector, STAGES: gl.constexpr):
+def _shared_tiles(
+    tiles, FIRST: gl.constexpr, numbers, WHICH: gl.constexpr, like, vector, STAGES: gl.constexpr,
+    GIVEN_BACK: gl.constexpr,
+):  # fmt: skip
     SHAPE: gl.constexpr = [STAGES] + like.block_shape
-    NUMBERS: gl.constexpr = [STAGES] + vector.block_shape
-    full, _ = ring.make_shared_barriers(WHICH, STAGES, 2)  # a warp of each program says what is free
+    LENGTHS: gl.constexpr = [STAGES] + vector.block_shape
+    full, _ = ring.make_shared_barriers(WHICH, STAGES, GIVEN_BACK)
     return ring.NumberedTiles(
-        reinterpret(tiles.index(2 + WHICH), like.dtype, SHAPE, like.layout),
-        reinterpret(numbers.index(WHICH), vector.dtype, NUMBERS, vector.layout),
+        reinterpret(tiles.index(FIRST), like.dtype, SHAPE, like.layout),
+        reinterpret(numbers.index(WHICH), vector.dtype, LENGTHS, vector.layout),
         full,
     )
 
@@ -138,6 +158,42 @@ def _make_key_barriers():
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
     return k_full, v_full
+
+
+@gluon.jit
+def begin(operands, WAIT: gl.constexpr):
+    """In a cluster, say that this warp is here; with ``WAIT``, wait for all.
+
+    At the end there is nothing to wait for: each program has waited for all that the other one did to it. No
+    warp of it ends before the last of them has, so that those that have only arrived never count as gone.
+    """
+    if operands.q_shared is not None:
+        cluster.arrive()
+        if WAIT:
+            cluster.wait()
+
+
+@gluon.jit
+def keys_of(operands, step):
+    """The key tile of a program that has one alone.
+
+    In a cluster its place is made of the number of a step, which makes 0 of it. No compiler knows that, or the
+    addresses of all parts would be kept from step to step, for which there are too few uniform registers. A
+    ``step`` that is 0 itself lets them be kept.
+    """
+    if operands.q_shared is None:
+        return operands.k
+    else:
+        return operands.k.index(step >> 30)
+
+
+@gluon.jit
+def values_of(operands, step):
+    """Its tile of values, as :func:`keys_of` finds that of keys."""
+    if operands.q_shared is None:
+        return operands.v
+    else:
+        return operands.v.index(1 + (step >> 30))
 
 
 @gluon.jit
@@ -249,6 +305,31 @@ def fill(
     position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
     stage = (sweep.steps_before + step) % STAGES
     ring.fill_numbered(numbered, stage, q_rows, head, first_query, vector, position)
+
+
+@gluon.jit
+def fill_shared(
+    operands, shared, part, vector, PLACE: gl.constexpr, tile, sweep, step, KERNEL: gl.constexpr,
+    MAP: gl.constexpr, VECTOR_MAP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    PADDING: gl.constexpr, MEETING: gl.constexpr, warp,
+):  # fmt: skip
+    """The same for both programs of a cluster, once the stage is free in both; or neither, by the other one.
+
+    Args:
+        PLACE: where the first stage's numbers lie in shared memory.
+        KERNEL, MAP, VECTOR_MAP, MEETING: as for :func:`fap_kernels.hopper.cluster.fill`.
+    """
+    call = operands.call
+    member, number = step // sweep.count, step % sweep.count
+    head = tile.head_k * call.group + member
+    first_query = first_query_of(operands, sweep, number, BLOCK_M)
+    position = backward_work.vector_position(call, tile, head, first_query, operands.rows_padded, PADDING)
+    coordinates = [tile.q_batch, head, first_query, 0]
+    numbers = cluster.Vector(vector, position, PLACE)
+    phase = step // STAGES & 1
+    cluster.fill(
+        shared, step % STAGES, phase, part, MAP, KERNEL, coordinates, numbers, VECTOR_MAP, MEETING, warp
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -147,9 +147,12 @@ class Vector(NamedTuple):
 @builtin
 def fill(
     shared: Any, stage: Any, phase: Any, descriptor: Any, parameter: Any, kernel: Any, coordinates: Any,
-    vector: Any = None, vector_parameter: Any = None, _semantic: Any = None,
+    vector: Any = None, vector_parameter: Any = None, meeting: Any = None, warp: Any = None, _semantic: Any = None,
 ) -> None:  # fmt: skip
     """Fetch a tile into a stage of a shared ring, if this program owns it, or else expect it; for one warp.
+
+    With a ``meeting`` for the four warps of a warpgroup, each of which fetches a quarter of the columns. All
+    wait, and meet before, so that none can still wait when what it waits for is over for the second time.
 
     Args:
         phase: as for :func:`fap_kernels.hopper.ring.fill`.
@@ -158,11 +161,12 @@ def fill(
         kernel: its name.
         coordinates: where the tile begins.
         vector, vector_parameter: a :class:`Vector` of numbers of its rows, and its map's number, or None.
+        meeting: the number of a named barrier.
     """
-    block, kernel = descriptor.type.block_type, unwrap(kernel)
+    block, kernel, meeting = descriptor.type.block_type, unwrap(kernel), unwrap(meeting)
     columns, size = block.shape[-1], block.nbytes
     bytes_expected = size
-    fetch = """@elected cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes\
+    fetch = """@{} cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes\
 .multicast::cluster [place], [map, {{{}}}], [full], both;"""
     loads = f"""
         mov.b64 map, {kernel}_param_{unwrap(parameter)};
@@ -170,12 +174,26 @@ def fill(
         mov.u32 tile, global_smem;
         add.u32 tile, tile, $3;
         mad.lo.u32 tile, $1, {size}, tile;"""
-    for first in range(0, columns, PANEL):
-        loads += f"""
-        mov.u32 column, {first};
-        add.u32 place, tile, {first * size // columns};
-        {fetch.format(4, "column, $9, $8, $7")}"""
     operands = [*coordinates[:-1]]
+    if meeting is None:
+        alone, first = "", "elected"
+        for panel in range(columns // PANEL):
+            loads += f"""
+        mov.u32 column, {panel * PANEL};
+        add.u32 place, tile, {panel * PANEL * size // columns};
+        {fetch.format("elected", 4, "column, $9, $8, $7")}"""
+    else:
+        assert columns == 4 * PANEL, "there is a warp for each of four parts"
+        # The first lane's number, since no other is known to be that of the whole warp.
+        alone, first = f"""
+        bar.sync {meeting}, 128;
+        mov.u32 warp, $12;
+        setp.eq.and.u32 first, warp, 0, elected;""", "first"
+        loads += f"""
+        mul.lo.u32 column, warp, {PANEL};
+        mad.lo.u32 place, warp, {size // 4}, tile;
+        {fetch.format("elected", 4, "column, $9, $8, $7")}
+        and.pred first, first, own;"""
     if unwrap(vector) is not None:
         numbers, position, place = vector
         size = numbers.type.block_type.nbytes
@@ -187,10 +205,10 @@ def fill(
         mov.u32 place, global_smem;
         add.u32 place, place, $11;
         mad.lo.u32 place, $1, {size}, place;
-        {fetch.format(1, "$10")}"""
+        {fetch.format(first, 1, "$10")}"""
     text = f"""{{
-        .reg .pred elected, own, over;
-        .reg .u32 self, barrier, full, tile, place, column;
+        .reg .pred elected, own, over, first;
+        .reg .u32 self, barrier, full, tile, place, column, warp;
         .reg .u64 map;
         .reg .u16 both;
         mov.u32 self, %cluster_ctarank;
@@ -203,12 +221,14 @@ def fill(
         again:
         mbarrier.try_wait.parity.shared.b64 over, [barrier], $2;
         @!over bra.uni again;
-        elect.sync _|elected, -1;
-        @elected mbarrier.arrive.expect_tx.shared.b64 _, [full], {bytes_expected};
+        elect.sync _|elected, -1;{alone}
+        @{first} mbarrier.arrive.expect_tx.shared.b64 _, [full], {bytes_expected};
         and.pred elected, elected, own;
         mov.u16 both, 3;{loads}
         mov.u32 $0, 0;
     }}"""
+    if meeting is not None:
+        operands.append(warp)
     _, tiles, full, empty, owner = shared
     before = _semantic.xor_(_semantic.to_tensor(phase), _semantic.to_tensor(1))
     assemble(text, [stage, before, tiles, full, empty, owner, *operands], _semantic)

@@ -18,6 +18,7 @@ __all__ = [
     "BACKWARD_128",
     "BACKWARD_256",
     "CLUSTERED_128",
+    "CLUSTERED_256",
     "FORWARD",
     "FOUNDED_128",
     "LIFT",
@@ -151,7 +152,7 @@ class BackwardConfig:
             tensors are bfloat16; for width 64.
         cluster: let two programs on different multiprocessors have neighbouring key tiles, and fetch the
             queries or the output's gradient for both, which takes a quarter of the traffic from the L2 cache;
-            for width 128, neither ordered nor founded, where sequences are not packed.
+            for widths 128 and 256, neither ordered nor founded, where sequences are not packed.
     """
 
     width: int
@@ -170,9 +171,11 @@ class BackwardConfig:
                 f"three warpgroups take 64 columns and 128 queries, got {self.width} and {self.block_m}"
             )
         free = not (self.ordered or self.founded)
-        if self.cluster and (self.width, self.block_m, self.stages, free) != (128, 64, 2, True):
+        shapes = ((128, 64, 2), (256, 64, 2))
+        if self.cluster and not (free and (self.width, self.block_m, self.stages) in shapes):
             raise ValueError(
-                "programs of a cluster take 128 columns, 64 queries in two stages, neither order nor founding"
+                "programs of a cluster take 128 columns or more, 64 queries in two stages, neither order nor "
+                "founding"
             )
 
     @property
@@ -325,7 +328,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="423 at 2k, 480 at 4k; drawn, three warpgroups 423, 476; of other runs portable 331, 366"),
     HopperRow(head_dim=64, bounded=True,
               config=HopperConfig(
-                  64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, hold_queries=True, beside=3),
+                  64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, hold_queries=True,
+                  beside=3),
               why="271 at 512, 346 at 1k; queries not held 269, 335; two warpgroups, held 262, 341"),
 
     # A cluster has 256 queries at a time, so with few of them many of its programs would have none.
@@ -341,7 +345,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=128, bounded=False,
               config=HopperConfig(
                   128, 2, 64, 4, persistent=True, turns=True, hold_queries=True, out_parts=1),
-              why="518 at 512; tiles overlapped, queries not held 511; clusters 509 to its 522, 128 keys 500"),
+              why="518 at 512; tiles overlapped, queries not held 511; 128 keys 500, in clusters 0.975"),
     HopperRow(head_dim=128, windowed=True, seqlen_from=1024,
               config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True),
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
@@ -358,7 +362,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(
                   128, 2, 64, 4, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1,
                   cluster=True),
-              why="552 at 2k; no clusters 549, tiles overlapped, queries not held 543, clusters of 128 keys 548"),
+              why="552 at 2k; no clusters 549; tiles overlapped, queries not held 543; 128 keys 548"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=1024,
               config=HopperConfig(
                   128, 2, 64, 4, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1),
@@ -378,11 +382,14 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(
                   256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2, cluster=True),
               why="476 at 1k, 653 at 4k, 709 at 8k; no clusters 469, 632, one tile a program 676 at 8k"),
-    HopperRow(head_dim=256, bounded=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
-              why="686 at 8k, 706 at 16k; pairs 677, 685"),
-    HopperRow(head_dim=256, bounded=True, seqlen_from=1024,
+    HopperRow(head_dim=256, bounded=True, windowed=False, seqlen_from=1024, queries_below=1024,
+              config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="as many queries as keys: 676 at 8k; pairs, of which few heads have too few, 677 to its 686"),
+    HopperRow(head_dim=256, windowed=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="causal, which the rows above have since: 686 at 8k, 706 at 16k; pairs 677, 685"),
+    HopperRow(head_dim=256, windowed=True, seqlen_from=1024,
               config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2),
-              why="470 at 1k, 572 at 2k, 649 at 4k; by the queries' place 544, one tile 630 at 4k"),
+              why="causal, as above: 470 at 1k, 572 at 2k; by the queries' place 544; one tile 630 to its 649 at 4k"),
     HopperRow(head_dim=256, bounded=True,
               config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, tickets=True, out_parts=2),
               why="353 at 512, 443 at 1k; pairs 342, 470"),
@@ -402,6 +409,7 @@ ORDERED_64 = replace(BACKWARD_64, ordered=True)
 ORDERED_128 = replace(BACKWARD_128, ordered=True)
 FOUNDED_128 = replace(BACKWARD_128, founded=True)
 CLUSTERED_128 = replace(BACKWARD_128, cluster=True)
+CLUSTERED_256 = replace(BACKWARD_256, cluster=True)
 
 # TFLOP/s of the whole backward against the portable one's and cuDNN's in the same run; H200, bf16, 16,384
 # tokens, nheads * head_dim = 2048, Triton 3.6; FA4's are of an H100. Read from the top; the first row that

@@ -325,7 +325,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="423 at 2k, 480 at 4k; drawn, three warpgroups 423, 476; of other runs portable 331, 366"),
     HopperRow(head_dim=64, bounded=True,
               config=HopperConfig(
-                  64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, hold_queries=True, beside=3),
+                  64, 1, 64, 3, persistent=True, paired=True, overlap_tiles=True, hold_queries=True,
+                  beside=3),
               why="271 at 512, 346 at 1k; queries not held 269, 335; two warpgroups, held 262, 341"),
 
     # A cluster has 256 queries at a time, so with few of them many of its programs would have none.
@@ -341,7 +342,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=128, bounded=False,
               config=HopperConfig(
                   128, 2, 64, 4, persistent=True, turns=True, hold_queries=True, out_parts=1),
-              why="518 at 512; tiles overlapped, queries not held 511; clusters 509 to its 522, 128 keys 500"),
+              why="518 at 512; tiles overlapped, queries not held 511; 128 keys 500, in clusters 0.975"),
     HopperRow(head_dim=128, windowed=True, seqlen_from=1024,
               config=HopperConfig(128, 2, 128, 2, persistent=True, overlap_tiles=True),
               why="window of 256 at 8k: 1.05 of the portable kernel's speed, one tile a program 0.91"),
@@ -358,7 +359,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(
                   128, 2, 64, 4, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1,
                   cluster=True),
-              why="552 at 2k; no clusters 549, tiles overlapped, queries not held 543, clusters of 128 keys 548"),
+              why="552 at 2k; no clusters 549; tiles overlapped, queries not held 543; 128 keys 548"),
     HopperRow(head_dim=128, bounded=True, windowed=False, seqlen_from=1024,
               config=HopperConfig(
                   128, 2, 64, 4, persistent=True, paired=True, turns=True, hold_queries=True, out_parts=1),
@@ -378,11 +379,15 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               config=HopperConfig(
                   256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2, cluster=True),
               why="476 at 1k, 653 at 4k, 709 at 8k; no clusters 469, 632, one tile a program 676 at 8k"),
-    HopperRow(head_dim=256, bounded=True, seqlen_from=8192, config=HopperConfig(256, 2, 64, 2, turns=True),
-              why="686 at 8k, 706 at 16k; pairs 677, 685"),
-    HopperRow(head_dim=256, bounded=True, seqlen_from=1024,
+    HopperRow(head_dim=256, bounded=True, windowed=False, seqlen_from=1024, queries_below=1024,
+              config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="with as many queries 676 at 8k; 686 where pairs, of which few heads have few, have 677"),
+    HopperRow(head_dim=256, bounded=True, windowed=True, seqlen_from=8192,
+              config=HopperConfig(256, 2, 64, 2, turns=True),
+              why="causal, which the rows above have since: 686 at 8k, 706 at 16k; pairs 677, 685"),
+    HopperRow(head_dim=256, bounded=True, windowed=True, seqlen_from=1024,
               config=HopperConfig(256, 2, 64, 2, persistent=True, paired=True, turns=True, out_parts=2),
-              why="470 at 1k, 572 at 2k, 649 at 4k; by the queries' place 544, one tile 630 at 4k"),
+              why="causal, as above: 470 at 1k, 572 at 2k, 649 at 4k; by the queries' place 544 at 2k"),
     HopperRow(head_dim=256, bounded=True,
               config=HopperConfig(256, 2, 64, 2, persistent=True, turns=True, tickets=True, out_parts=2),
               why="353 at 512, 443 at 1k; pairs 342, 470"),

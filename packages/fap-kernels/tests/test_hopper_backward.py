@@ -237,11 +237,11 @@ def test_grouped_heads_under_a_causal_mask_add_in_any_order(head_dim: int) -> No
 @needs_gluon
 def test_short_calls_of_128_columns_are_founded_and_long_ones_without_a_mask_in_clusters() -> None:
     call: dict[str, Any] = {"head_dim": 128, "seqlen_q": 2048, "seqlen_k": 2048}
-    for options in ({}, {"causal": True}):
-        assert launches_of(**call, **options)[1].arguments["FOUNDED"], options
+    for options in ({}, {"causal": True}, {"causal": True, "seqlen_k": 4096}):
+        assert launches_of(**(call | options))[1].arguments["FOUNDED"], options
     for options in (
         {"nheads_k": 2}, {"window_size": (90, 0)}, {"softcap": 3.0}, {"packed": True},
-        {"deterministic": True}, {"seqlen_k": 4096}, {"seqlen_k": 4096, "causal": True},
+        {"deterministic": True}, {"seqlen_k": 4096}, {"seqlen_k": 8192, "causal": True},
     ):  # fmt: skip
         assert not launches_of(**(call | options))[1].arguments["FOUNDED"], options
     assert launches_of(**(call | {"seqlen_q": 8192, "seqlen_k": 8192}))[1].cluster == 2

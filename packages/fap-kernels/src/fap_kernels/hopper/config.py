@@ -312,9 +312,8 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
               why="440 at 1k, 514 at 2k, 588 at 8k, 596 at 16k; no tickets 429, 504, 576; 589, none ahead"),
     HopperRow(head_dim=64, bounded=False,
               config=HopperConfig(
-                  64, 1, 64, 3, persistent=True, overlap_tiles=True, hold_queries=True, beside=3,
-                  tickets=True),
-              why="375 at 512; no tickets 369; queries not held 372, three warpgroups 367"),
+                  64, 1, 64, 3, persistent=True, hold_queries=True, out_parts=1, beside=3, tickets=True),
+              why="380, 382 at 512, in two runs; tiles overlapped 371, 380; two warpgroups 377 in the latter"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=12288,
               config=HopperConfig(64, 3, 128, 3, turns=True),
               why="554 at 16k; drawn 550; 548 where pairs have 556, but they leave few heads' programs idle"),

@@ -313,7 +313,7 @@ FORWARD: tuple[HopperRow[HopperConfig], ...] = (
     HopperRow(head_dim=64, bounded=False,
               config=HopperConfig(
                   64, 1, 64, 3, persistent=True, hold_queries=True, out_parts=1, beside=3, tickets=True),
-              why="380, 382 at 512, in two runs; tiles overlapped 371, 380; two warpgroups 377 in the latter"),
+              why="380, 382 at 512, in two runs; tiles overlapped 371, 380; two warpgroups 377 to 382"),
     HopperRow(head_dim=64, bounded=True, windowed=False, seqlen_from=12288,
               config=HopperConfig(64, 3, 128, 3, turns=True),
               why="554 at 16k; drawn 550; 548 where pairs have 556, but they leave few heads' programs idle"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -119,6 +120,38 @@ def test_a_row_compiles_within_its_bounds(row: HopperRow, call: dict[str, Any]) 
     assert not left_unset(forward), "a path leaves a register unset that is read later"
     assert not written_while_it_leaves(disassemble(forward)), "not all warps know that an output has left"
     check_barriers(row.config, forward)
+
+
+def paired_rows() -> list[Any]:
+    return [
+        pytest.param(row, id=f"d{row.head_dim}-{row.seqlen_from}")
+        for row in FORWARD
+        if row.config is not None and row.config.paired and row.config.beside == 1 and row.windowed is False
+    ]
+
+
+@needs_gluon
+@pytest.mark.parametrize("row", paired_rows())
+def test_pairs_that_leave_multiprocessors_idle_are_taken_tile_by_tile(row: HopperRow) -> None:
+    from fap_kernels.hopper.launch import forward_config
+
+    seqlen = max(row.seqlen_from, row.queries_from)
+    call = {"head_dim": row.head_dim, "seqlen_q": seqlen, "seqlen_k": seqlen, "causal": True}
+    problem, *_ = describe(**call)
+    assert choose(FORWARD, problem).config is row.config
+    assert forward_config(problem, 1) is row.config
+    many = replace(problem, batch=64)
+    assert forward_config(many, 132) is row.config
+    few = forward_config(problem, 132)  # four heads
+    assert {few.paired, few.persistent, few.cluster} == {False}
+    assert (few.width, few.block_n, few.warpgroups) == (
+        row.config.width, row.config.block_n, row.config.warpgroups
+    )  # fmt: skip
+    forward = compile_forward(config=few, **call)
+    assert forward.spills <= SPILLS[few.warpgroups]
+    assert not forward.warnings
+    assert not left_unset(forward)
+    check_barriers(few, forward)
 
 
 @needs_gluon

@@ -217,14 +217,17 @@ def schedules(monkeypatch):
     row = SimpleNamespace(config="tiles of 128")
     monkeypatch.setattr(kernels, "use_schedule", use_schedule, raising=False)
     monkeypatch.setattr("fap_kernels.target.target_of", lambda device: None)
+    monkeypatch.setattr("fap_kernels.target.processors_of", lambda device: 132)
     conditions = {
         "forward_reasons_against": forward_reasons_against,
         "backward_reasons_against": backward_reasons_against,
     }
-    config = {"FORWARD": None, "BACKWARD": None, "choose": lambda table, problem: row}
+    config = {"BACKWARD": None, "choose": lambda table, problem: row}
+    launch = {"forward_config": lambda problem, processors: f"tiles of {processors - 4}"}
     install_fake(monkeypatch, "fap_kernels.hopper", {})
     install_fake(monkeypatch, "fap_kernels.hopper.conditions", conditions)
     install_fake(monkeypatch, "fap_kernels.hopper.config", config)
+    install_fake(monkeypatch, "fap_kernels.hopper.launch", launch)
     return held
 
 

@@ -26,7 +26,40 @@ if TYPE_CHECKING:
     from ..packing import Packing
     from ..problem import AttentionProblem
 
-__all__ = ["plan_hopper_forward", "plan_redo", "tile_descriptor"]
+__all__ = ["forward_config", "plan_hopper_forward", "plan_redo", "tile_descriptor"]
+
+BUSY = 0.75
+"""Where pairs of query tiles keep multiprocessors busy for less of the time, programs take single ones."""
+
+
+def forward_config(problem: AttentionProblem, processors: int) -> HopperConfig:
+    """What the table says, or where its pairs leave too many multiprocessors idle, the same tile by tile.
+
+    Args:
+        processors: multiprocessors of the chip.
+
+    Raises:
+        LookupError: the table hands the call to the portable kernel.
+    """
+    config = choose(FORWARD, problem).config
+    if config is None:
+        raise LookupError(f"the table hands {problem} to the portable kernel")
+    # Where three programs share a multiprocessor it was not measured.
+    if not config.paired or config.beside > 1 or _busy(problem, config, processors) >= BUSY:
+        return config
+    return replace(
+        config, persistent=False, paired=False, overlap_tiles=False, queries_ahead=False, out_parts=0,
+        cluster=False,
+    )  # fmt: skip
+
+
+def _busy(problem: AttentionProblem, config: HopperConfig, processors: int) -> float:
+    """For how much of the time programs that take pairs have one, if all pairs take equally long."""
+    together = CLUSTER.value if config.cluster else 1
+    rows = 2 * WARPGROUP_ROWS * config.warpgroups * together
+    pairs = problem.batch * problem.nheads * -(-problem.seqlen_q // rows)
+    programs = max(processors // together, 1)
+    return pairs / (-(-pairs // programs) * programs)
 
 
 def plan_hopper_forward(
@@ -47,13 +80,11 @@ def plan_hopper_forward(
         processors: multiprocessors of the chip.
         q, k, v, out, softmax_lse: packed tensors come as one batch entry, as for
             :func:`fap_kernels.forward.launch.plan_forward`.
-        config: overrides the table.
+        config: overrides :func:`forward_config`.
     """
     from .forward import hopper_forward_kernel
 
-    config = config or choose(FORWARD, problem).config
-    if config is None:
-        raise LookupError(f"the table hands {problem} to the portable kernel")
+    config = config or forward_config(problem, processors)
     if config.cluster and not places_are_known():
         config = replace(config, cluster=False)
     common = _common_arguments(problem, softmax_lse, alibi_slopes, packing)

@@ -69,8 +69,12 @@ def hopper_configuration(problem: Problem, direction: str, family: str) -> str |
         return None
     if _reasons_against_hopper(problem, direction, asked_for=family == "hopper"):
         return None
+    if direction == "forward":
+        processors = importlib.import_module("fap_kernels.target").processors_of(torch.device(problem.device))
+        launch = importlib.import_module("fap_kernels.hopper.launch")
+        return str(launch.forward_config(_described(problem), processors))
     config = importlib.import_module("fap_kernels.hopper.config")
-    return str(config.choose(getattr(config, direction.upper()), _described(problem)).config)
+    return str(config.choose(config.BACKWARD, _described(problem)).config)
 
 
 def _reasons_against_hopper(problem: Prefill | Varlen, direction: str, asked_for: bool) -> list[str]:

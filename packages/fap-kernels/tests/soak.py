@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MOST_HANDED_BACK = 0.1
 """Of all passes; more, and the soak is not of what it says."""
+FEW_PROCESSORS = 5
+"""So many does the GPU seem to have for every second problem of a kind: programs then have several tiles."""
 STUCK = 30.0
 """Seconds at one problem after which a batch that is stopped for want of time is taken to hang."""
 
@@ -57,14 +59,15 @@ class Result:
 
 def run_batch(numbers: range, seed: int, device: str) -> Iterator[Result]:
     """Run problems one after the other; say before each which it is, so that a hang has a name."""
-    from soak_problems import check, draw, variants
+    from soak_problems import check, draw, processors_seen, variants
 
     kinds = variants(seed)
     for number in numbers:
         print(number, flush=True)
         problem = draw(kinds[number % len(kinds)], number, seed)
         try:
-            verdict = check(problem, device)
+            with processors_seen(FEW_PROCESSORS if number // len(kinds) % 2 else None):
+                verdict = check(problem, device)
         except Exception:  # noqa: BLE001 - whatever it is, it goes with the problem's number
             yield Result(1, wrong=[(number, f"{problem}\n{traceback.format_exc()}")])
             return  # an error of the GPU fails every later call too
@@ -181,13 +184,15 @@ def compilations(seed: int) -> list[tuple[int, str]]:
 
 def compile_one(number: int, name: str, seed: int, device: str) -> str | None:
     """Run one problem's pass, for what that compiles; what goes wrong is for the batches to judge."""
-    from soak_problems import check, draw, variants
+    from soak_problems import check, draw, processors_seen, variants
 
     variant = variants(seed)[number]
     problem = draw(variant, number, seed)
     alone = replace(variant, forward=name == "forward", backward=name == "backward")
     try:
-        check(replace(problem, variant=alone), device)
+        for processors in (None, FEW_PROCESSORS):
+            with processors_seen(processors):
+                check(replace(problem, variant=alone), device)
     except Exception:  # noqa: BLE001 - it goes with the problem's number
         return f"{name} of {problem}\n{traceback.format_exc()}"
     return None

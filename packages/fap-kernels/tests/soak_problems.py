@@ -12,15 +12,19 @@ import torch
 
 from fap_kernels import (
     AttentionProblem,
+    attention,
     attention_backward,
     attention_forward,
     attention_varlen_backward,
     attention_varlen_forward,
+    target,
     use_schedule,
+    varlen,
 )
 from fap_kernels.hopper.conditions import backward_reasons_against, forward_reasons_against
 from fap_kernels.hopper.config import BACKWARD, FORWARD, choose
 from fap_kernels.packing import Packing
+from fap_kernels.replay import Replays
 from fap_kernels.target import SM_90
 from fap_testing.reference import attention_baseline, attention_baseline_gradients
 from fap_testing.reference_varlen import attention_varlen_baseline, attention_varlen_baseline_gradients
@@ -174,6 +178,28 @@ class Problem:
     @property
     def nheads(self) -> int:
         return self.nheads_k * self.group
+
+
+@contextlib.contextmanager
+def processors_seen(count: int | None) -> Iterator[None]:
+    """Have the GPU seem to have ``count`` multiprocessors, so that programs that stay have more to do.
+
+    None leaves it as it is. Launches that were kept before are forgotten, and so are those of meanwhile.
+    """
+    real = target._processors_of_index
+    if count is not None:
+        target._processors_of_index = lambda index: count
+    _forget_launches()
+    try:
+        yield
+    finally:
+        target._processors_of_index = real
+        _forget_launches()
+
+
+def _forget_launches() -> None:
+    for module in (attention, varlen):
+        module._forward_replays, module._backward_replays = Replays(), Replays()
 
 
 def draw(variant: Variant, number: int, seed: int) -> Problem:

@@ -13,8 +13,9 @@ import sanitize
 import soak
 import soak_problems
 import torch
-from soak_problems import check, draw, variants
+from soak_problems import check, draw, processors_seen, variants
 
+from fap_kernels import attention, target
 from fap_kernels.hopper.config import BACKWARD, FORWARD, choose
 from fap_kernels.schedule import use_schedule
 
@@ -315,6 +316,18 @@ def test_a_share_runs_the_calls_that_it_is_asked_for(
     assert capsys.readouterr().out == "FAILED d64-causal: AssertionError: wrong\nran d128-causal\n"
     assert sanitize.run_share("1/2", ("hopper",), "cpu", only="causal") == 0
     assert capsys.readouterr().out == f"ran d128-causal\n{sanitize.NONE_FAILED}\n"
+
+
+def test_launches_are_planned_for_as_many_processors_as_are_seen() -> None:
+    real, kept = target._processors_of_index, attention._forward_replays
+    with processors_seen(5):
+        assert target._processors_of_index(0) == 5
+        assert attention._forward_replays is not kept, "it would be launched as it was planned before"
+        kept = attention._forward_replays
+    assert target._processors_of_index is real
+    assert attention._forward_replays is not kept
+    with processors_seen(None):
+        assert target._processors_of_index is real
 
 
 def test_calls_for_the_sanitizer_reach_every_row() -> None:

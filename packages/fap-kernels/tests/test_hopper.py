@@ -209,6 +209,9 @@ def check_barriers(config: HopperConfig, forward: Compiled) -> None:
     given_back = {int(place) for place in re.findall(r"_, \[barrier \+ (\d+)\]", forward.assembly)}
     arrivals = {first + 320 + 8 * slot for slot in range(slots)}
     assert not given_back_while_loaded(disassemble(forward), arrivals)
+    # Where a program marks itself, nothing else stands.
+    marks = {int(place) for place in re.findall(r"shared\.u32 \S+ \[place \+ (\d+)\]", forward.assembly)}
+    assert marks <= {first + 384} - set(set_up)
     by_warps = {first + 320} if config.cluster else {first + 64, first + 192, first + 320}
     assert given_back == by_warps
 
@@ -317,7 +320,7 @@ def test_programs_of_a_cluster_come_in_pairs(processors: int, programs: int) -> 
 
     problem, (q, k, v), *_ = describe(seqlen_q=1100, seqlen_k=4096)
     lse = torch.empty(1, 4, q.shape[1])
-    (forward, _), _ = plan_hopper_forward(problem, processors, q, k, v, torch.empty_like(q), lse, None)
+    (forward,), _ = plan_hopper_forward(problem, processors, q, k, v, torch.empty_like(q), lse, None)
     assert (forward.programs, forward.cluster, forward.grid) == (programs, 2, (programs // 2, 1, 1))
     assert forward.arguments["items"] == 20, "of 256 queries"
     packed, (q, k, v), _, packing = describe(packed=True)
@@ -360,7 +363,9 @@ def test_no_row_hides_another() -> None:
 @needs_gluon
 def test_marked_tiles_can_be_computed_again() -> None:
     for head_dim in (64, 128, 256):
-        redo = compile_forward(1, HopperConfig(head_dim, 2, 64, 2), head_dim=head_dim, causal=True)
+        redo = compile_forward(
+            1, HopperConfig(head_dim, 2, 64, 2), head_dim=head_dim, causal=True, packed=True
+        )
         assert redo.shared <= SM_90.shared_memory
 
 

@@ -142,6 +142,37 @@ def test_a_late_key_may_tower_over_all_before_it(head_dim: int, factor: float, d
     check(q, k, v)
 
 
+@pytest.mark.parametrize("processors", [1, 3, 7, 132])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((2, 700, 700, 4, 2, 64), {"causal": True}),  # three programs a multiprocessor
+        ((1, 1100, 1200, 3, 3, 64), {}),
+        ((1, 2100, 2100, 3, 1, 64), {"causal": True}),
+        ((2, 700, 700, 4, 4, 128), {}),
+        ((1, 1500, 1500, 3, 1, 128), {"causal": True}),
+        ((1, 2100, 2100, 3, 3, 128), {"causal": True}),  # clusters, as far as there are pairs for them
+        ((1, 1100, 4200, 2, 2, 128), {}),
+        ((1, 1100, 2100, 2, 2, 256), {}),
+        ((1, 1300, 1300, 2, 1, 256), {"causal": True}),
+        ((1, 700, 700, 2, 2, 256), {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("row", [1, 300, -1])
+def test_a_single_row_that_outgrows_its_reference_is_found(
+    sizes: tuple[int, ...], options: dict[str, Any], row: int, processors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In a program's first query tile, in its last one, or in the other program's of a cluster."""
+    monkeypatch.setattr("fap_kernels.target._processors_of_index", lambda index: processors)
+    monkeypatch.setattr("fap_kernels.attention._forward_replays", Replays())
+    q, k, v = draw(*sizes)
+    q[..., 0] = k[..., 0] = 0.0
+    q[0, row, -1, 0], k[0, 0, :, 0] = 20.0, 300.0
+    check(q, k, v, **options)
+
+
 def test_what_is_not_finite_stays_where_the_portable_kernel_has_it() -> None:
     q, k, v = draw(1, 300, 1500, 2, 2, 128)
     q[0, 5, 0, 3] = torch.nan

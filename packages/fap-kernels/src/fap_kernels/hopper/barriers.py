@@ -15,6 +15,7 @@ from triton.experimental.gluon.language._core import builtin
 from .compat import assemble
 
 __all__ = [
+    "ALL_DONE",
     "DOUTS_FREE",
     "DQ_STAGED",
     "EXCHANGE",
@@ -27,6 +28,9 @@ __all__ = [
     "arrive",
     "meet",
 ]
+
+ALL_DONE = gl.constexpr(10)
+"""Forward: all have done what there is to do, and whoever had to mark has marked."""
 
 FIRST_TURN = gl.constexpr(12)
 """Forward: the first of as many barriers as there are warpgroups that take turns."""

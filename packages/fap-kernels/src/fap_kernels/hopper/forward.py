@@ -28,9 +28,11 @@ Keys are swept from the last one down. Those that a later warpgroup alone sees, 
 came. First come the tiles that need a mask for some row of the warpgroup; they take the online softmax, and
 where they left rows without a key one more does. From there on every row has met a key, and with
 ``OPTIMISTIC`` its maximum so far stays the reference: no maximum, no rescaling, a third less work between
-products. Should a later logit tower so far over it that something overflows, the LSE of that row becomes NaN,
-and ``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not finite for the inputs' sake
-are computed twice as well; nothing else is.
+products. Should a later logit tower so far over it that something overflows, the program is marked, and with
+``AGAIN`` computes all of its query tiles once more when it is done with them, by the online softmax
+throughout; a cluster's two programs do so together. Without, as where it draws its tiles, the LSE of that row
+becomes NaN, and ``fap_kernels.hopper.redo`` computes its tile again. Rows whose result is not finite for the
+inputs' sake mark as well; nothing else does.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..language import grid, masks, rows, scores
 from ..launch import UNSPECIALIZED
-from . import announcements, cluster, hiding, mbarriers, pairs, ring, softmax, turns, work
+from . import announcements, barriers, cluster, hiding, mbarriers, pairs, ring, softmax, turns, work
 from .mbarriers import KEYS, QUERIES, VALUES
 
 ROWS = softmax.ROWS
@@ -66,6 +68,7 @@ class Operands(NamedTuple):
         q_ring, k_ring, v_ring: the tiles; a stage of ``q_ring`` has a slot for each warpgroup.
         k_shared, v_shared: where two programs share ``k_ring`` and ``v_ring``, else None.
         assembled: True where warps wait for the rings and give back to them by assembly, else None.
+        again: True where the program computes again what it has marked, None where another kernel does.
         staging: shared memory through which the output leaves, a tile, or half of one, for each warpgroup;
             None where it leaves through the place of its queries, which are no longer needed.
         out, lse, lse_rows: where the results go, ``out`` by descriptor, and how many rows of LSE a head has.
@@ -81,6 +84,7 @@ class Operands(NamedTuple):
     k_shared: Any
     v_shared: Any
     assembled: Any
+    again: Any
     staging: Any
     out: Any
     lse: Any
@@ -96,31 +100,31 @@ def hopper_forward_kernel(
     WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     Q_STAGES: gl.constexpr, FOLD_SCALE: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
     PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr, HOLD_QUERIES: gl.constexpr,
-    CLUSTER: gl.constexpr, ASSEMBLED: gl.constexpr,
+    CLUSTER: gl.constexpr, ASSEMBLED: gl.constexpr, AGAIN: gl.constexpr,
 ):  # fmt: skip
     """Write ``out`` and ``lse`` of every query tile that is this program's turn; see the module's docstring.
 
     Grid: any number of programs; ``items`` are query tiles, or pairs of them if ``PAIRED``, and program p
     takes items p, p + programs, ... With ``CLUSTER`` two programs share an item of twice as many queries.
     """
-    if OPTIMISTIC:
+    if OPTIMISTIC and not AGAIN:
         grid.release_next()  # what looks for marked rows, and waits by itself until there may be some
     call = work.Call(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, entries, slots, nheads, group, seqlen_q, seqlen_k,
         window_left, window_right, items, heads_beside, tickets, True if CLUSTER else None,
     )  # fmt: skip
     score = scores.Scores(softmax_scale, softmax_scale if FOLD_SCALE else None, softcap, alibi_slopes)
-    barriers = mbarriers.make(mbarriers.ALL, mbarriers.SLOTS)
+    of_rings = mbarriers.make(mbarriers.ALL, mbarriers.SLOTS)
     q_tiles = ring.make_tiles(q_part0, Q_STAGES * WARPGROUPS)
-    queries = ring.make_ring(q_tiles, barriers, QUERIES, Q_STAGES * WARPGROUPS, 1)
+    queries = ring.make_ring(q_tiles, of_rings, QUERIES, Q_STAGES * WARPGROUPS, 1)
     staging = None
     if OVERLAP_TILES or OUT_PARTS > 0:
         staging = ring.make_tiles(out_part0, WARPGROUPS)
     k_shared, v_shared = None, None
     if CLUSTER:
         room = ring.make_tiles(k_part0, 2 * STAGES)  # the values' behind the keys'
-        keys = ring.make_ring(room, barriers, KEYS, STAGES, 2 * WARPGROUPS)
-        values = ring.make_ring(room, barriers, VALUES, STAGES, 2 * WARPGROUPS)
+        keys = ring.make_ring(room, of_rings, KEYS, STAGES, 2 * WARPGROUPS)
+        values = ring.make_ring(room, of_rings, VALUES, STAGES, 2 * WARPGROUPS)
         cluster.publish_barriers()
         TILE: gl.constexpr = k_part0.block_type.nbytes
         BARRIERS: gl.constexpr = mbarriers.behind((room, q_tiles, staging))
@@ -128,16 +132,18 @@ def hopper_forward_kernel(
         SECOND: gl.constexpr = BARRIERS + mbarriers.RING
         v_shared = cluster.Shared(STAGES, STAGES * TILE, SECOND, SECOND + mbarriers.KIND, 1)
     else:
-        keys = ring.make_ring(ring.make_tiles(k_part0, STAGES), barriers, KEYS, STAGES, WARPGROUPS)
-        values = ring.make_ring(ring.make_tiles(v_part0, STAGES), barriers, VALUES, STAGES, WARPGROUPS)
+        keys = ring.make_ring(ring.make_tiles(k_part0, STAGES), of_rings, KEYS, STAGES, WARPGROUPS)
+        values = ring.make_ring(ring.make_tiles(v_part0, STAGES), of_rings, VALUES, STAGES, WARPGROUPS)
     board = None
     if cu_seqlens_q is not None or tickets is not None:
         board = announcements.make_board(WARPGROUPS)
     fence_async_shared()
     operands = Operands(
         call, score, board, alibi_stride, queries, keys, values, k_shared, v_shared,
-        True if ASSEMBLED else None, staging, out_part0, lse, lse_rows,
+        True if ASSEMBLED else None, True if AGAIN else None, staging, out_part0, lse, lse_rows,
     )  # fmt: skip
+    if AGAIN:
+        mbarriers.clear_mark(operands)
     parts = (q_part0, k_part0, v_part0)
     # The first function runs on the kernel's own four warps. The two lists behind the functions are for the
     # others: how many warps each has, and how many registers a thread of them; the first has what is left.
@@ -201,7 +207,26 @@ def hopper_forward_kernel(
 def _attend(operands):
     """Meet as the other warps do, since a cluster waits for those too that fill up a warpgroup."""
     _meet(operands)
-    _meet(operands)
+    if operands.again is None:
+        _meet(operands)
+    else:
+        plain, more = 0, 1
+        while more > 0:
+            more = _more(operands, plain, 0)
+            plain = 1
+
+
+@gluon.jit
+def _more(operands, plain, THREADS: gl.constexpr):
+    """Whether marked rows are to be computed again, once all ``THREADS`` of the program have marked theirs.
+
+    In a cluster all warps of both programs meet. Nothing is computed a third time.
+    """
+    if operands.k_shared is not None:
+        _meet(operands)
+    else:
+        barriers.meet(barriers.ALL_DONE, THREADS)
+    return mbarriers.marked(operands, plain)
 
 
 @gluon.jit
@@ -218,10 +243,29 @@ def _fetch(
     Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings, in the order in which the warpgroups empty them."""
+    _meet(operands)
+    none = gl.to_tensor(0)
+    if operands.again is None:
+        _fetch_all(operands, parts, none, none, none, none, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES, PAIRED)
+        _meet(operands)
+    else:
+        q_stage, q_phase, stage, phase, plain, more = none, none, none, none, 0, 1
+        while more > 0:
+            q_stage, q_phase, stage, phase = _fetch_all(
+                operands, parts, q_stage, q_phase, stage, phase, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES, PAIRED
+            )
+            more = _more(operands, plain, 128 * WARPGROUPS + 32)
+            plain = 1
+
+
+@gluon.jit
+def _fetch_all(
+    operands, parts, q_stage, q_phase, stage, phase, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
+):  # fmt: skip
+    """Fetch all that the program's query tiles need; return where the rings are then."""
     call = operands.call
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
-    q_stage, q_phase, stage, phase = 0, 0, 0, 0
-    _meet(operands)
     if call.tickets is not None and call.cu_seqlens_q is not None:
         grid.wait_for_previous()  # where the first item may be no tile, the first tile takes a ticket
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
@@ -256,7 +300,7 @@ def _fetch(
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         count += 1
     announcements.announce(operands.board, count, False, tile)
-    _meet(operands)
+    return q_stage, q_phase, stage, phase
 
 
 @gluon.jit
@@ -265,7 +309,36 @@ def _multiply(
     WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, OVERLAP_TILES: gl.constexpr, OUT_PARTS: gl.constexpr,
     PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr, HOLD_QUERIES: gl.constexpr,
 ):  # fmt: skip
-    """Compute the 64 rows of one warpgroup of each query tile.
+    """Compute the 64 rows of one warpgroup of each query tile, and again where rows are marked."""
+    _meet(operands)
+    if TURNS:
+        turns.first_turn(WARPGROUP, WARPGROUPS)
+    none = gl.to_tensor(0)
+    if operands.again is None:
+        _multiply_all(
+            WARPGROUP, operands, None, none, none, none, WIDTH, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES,
+            OVERLAP_TILES, OUT_PARTS, PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES,
+        )  # fmt: skip
+        _meet(operands)
+    else:
+        stage, phase, count, plain, more = none, none, none, 0, 1
+        while more > 0:
+            stage, phase, count = _multiply_all(
+                WARPGROUP, operands, plain, stage, phase, count, WIDTH, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES,
+                OVERLAP_TILES, OUT_PARTS, PAIRED, OPTIMISTIC, TURNS, HOLD_QUERIES,
+            )  # fmt: skip
+            more = _more(operands, plain, 128 * WARPGROUPS + 32)
+            plain = 1
+
+
+@gluon.jit
+def _multiply_all(
+    WARPGROUP: gl.constexpr, operands, plain, stage, phase, count, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, OVERLAP_TILES: gl.constexpr,
+    OUT_PARTS: gl.constexpr, PAIRED: gl.constexpr, OPTIMISTIC: gl.constexpr, TURNS: gl.constexpr,
+    HOLD_QUERIES: gl.constexpr,
+):  # fmt: skip
+    """The rows of all query tiles, where ``plain`` is not 0 by the online softmax throughout.
 
     ``stage`` and ``phase`` are those of the keys to multiply next, ``v_stage`` and ``v_phase`` those of the
     values, which are one step behind. ``count`` is how many query tiles are done, which tells the slot and
@@ -277,13 +350,9 @@ def _multiply(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     call = operands.call
-    stage, phase, q_slot, q_phase, count = 0, 0, WARPGROUP, 0, 0
-    _meet(operands)
+    q_slot, q_phase = count % Q_STAGES * WARPGROUPS + WARPGROUP, count // Q_STAGES & 1
     # Whether the next tile's first scores are there before this one's output has left.
     AHEAD: gl.constexpr = OVERLAP_TILES or OUT_PARTS > 0
-    if TURNS:
-        turns.first_turn(WARPGROUP, WARPGROUPS)
-
     turn, there, tile = announcements.tile_at(operands.board, 0, call, 0, BLOCK_M, PAIRED)
     if AHEAD:
         begun, sweep, stage, phase = _begin(
@@ -304,7 +373,7 @@ def _multiply(
                 before = (count + 1) % 2 * WARPGROUPS + WARPGROUP
                 mbarriers.give_back(operands, QUERIES, before, pred=count > 0)
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _sweep(
-            q_slot, weights, row_max, sums, operands, stage, phase,
+            q_slot, weights, row_max, sums, operands, plain, stage, phase,
             tile, WARPGROUP, sweep, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, OPTIMISTIC, HOLD_QUERIES,
             AHEAD, OUT_PARTS, O,
         )  # fmt: skip
@@ -342,7 +411,7 @@ def _multiply(
         tma.store_wait(0)
         mbarriers.give_back(operands, VALUES, v_stage)
 
-        out = _finish(operands, done, WARPGROUP, acc, done_max, done_sums, OPTIMISTIC)
+        out = _finish(operands, plain, done, WARPGROUP, acc, done_max, done_sums, OPTIMISTIC)
         if OUT_PARTS > 0:
             # S = Q K^T of the next tile's first keys runs beside this one's last way to memory.
             place = _way_out(operands, WARPGROUP, done_slot)
@@ -363,7 +432,7 @@ def _multiply(
                 tma.store_wait(0)
                 mbarriers.give_back(operands, QUERIES, done_slot)
     tma.store_wait(0)
-    _meet(operands)
+    return stage, phase, count
 
 
 @gluon.jit
@@ -491,7 +560,7 @@ def _weigh_first(s, operands, tile, WARPGROUP: gl.constexpr, sweep):
 
 @gluon.jit
 def _sweep(
-    q_slot, weights, row_max, sums, operands, stage, phase,
+    q_slot, weights, row_max, sums, operands, plain, stage, phase,
     tile, WARPGROUP: gl.constexpr, sweep,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, WARPGROUPS: gl.constexpr,
     TURNS: gl.constexpr, OPTIMISTIC: gl.constexpr, HOLD_QUERIES: gl.constexpr, AHEAD: gl.constexpr,
@@ -506,6 +575,9 @@ def _sweep(
     acc = gl.zeros([ROWS, WIDTH], gl.float32, O)
     call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
     phases = work.phases_of(call, tile, sweep, first_row, ROWS, BLOCK_N)
+    settled = phases.settled
+    if plain is not None:
+        settled = gl.where(plain > 0, sweep.count, settled)
     v_stage, v_phase = stage, phase
     stage, phase = ring.advance(stage, phase, STAGES)
     mbarriers.wait(operands, KEYS, stage, phase, pred=sweep.count > 1)
@@ -518,22 +590,22 @@ def _sweep(
     if AHEAD and (HOLD_QUERIES or OUT_PARTS > 0):
         q_done, done_step = q_slot, 1 if HOLD_QUERIES else sweep.count - 1
     # Without a bound the first step, which has its mask, settles all rows.
-    if call.window_left is not None or call.window_right is not None:
+    if call.window_left is not None or call.window_right is not None or plain is not None:
         q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
-        for step in range(1, phases.settled):
+        for step in range(1, settled):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
                 q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
             )  # fmt: skip
     q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
-    for step in range(phases.settled, phases.unmasked_end):
+    for step in range(settled, phases.unmasked_end):
         acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
             q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
             tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, False, OPTIMISTIC,
         )  # fmt: skip
     if call.window_left is not None:
         q = _queries_again(operands.q_ring, q_slot, held, WIDTH)
-        for step in range(gl.maximum(phases.settled, phases.unmasked_end), sweep.count):
+        for step in range(gl.maximum(settled, phases.unmasked_end), sweep.count):
             acc, weights, row_max, sums, stage, phase, v_stage, v_phase = _step(
                 q, q_done, done_step, weights, acc, row_max, sums, operands, stage, phase, v_stage, v_phase,
                 tile, WARPGROUP, sweep, step, BLOCK_N, WIDTH, STAGES, WARPGROUPS, TURNS, True, False,
@@ -586,11 +658,15 @@ def _step(
 
 
 @gluon.jit
-def _finish(operands, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, OPTIMISTIC: gl.constexpr):
+def _finish(operands, plain, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, OPTIMISTIC: gl.constexpr):
     """Normalise and round the output, and store the LSE."""
     factor, row_lse, row_sum = softmax.finish(row_max, sums)
     if OPTIMISTIC:
-        row_lse = softmax.mark_overflow(row_lse, row_sum, acc)
+        doubted = softmax.mark_overflow(row_lse, row_sum, acc)
+        if plain is None:
+            row_lse = doubted
+        else:
+            mbarriers.mark(operands, doubted)
     call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
     row = first_row + gl.arange(0, ROWS, row_max.type.layout)
     strides = (call.nheads * operands.lse_rows, operands.lse_rows)

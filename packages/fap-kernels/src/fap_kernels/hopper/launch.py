@@ -107,6 +107,8 @@ def plan_hopper_forward(
     # Where each program has but one tile, there is none to draw.
     draw = config.tickets and items > programs
     tickets = torch.empty(1, dtype=torch.int32, device=q.device) if draw else None
+    # A program knows what it had to do but where it draws. Where the mark stands, assembly says.
+    again = config.optimistic and not packed and not draw and places_are_known()
     forward = Launch(
         kernel=hopper_forward_kernel,
         programs=programs * cluster,
@@ -135,6 +137,7 @@ def plan_hopper_forward(
             "HOLD_QUERIES": config.hold_queries,
             "CLUSTER": config.cluster,
             "ASSEMBLED": places_are_known(),
+            "AGAIN": again,
         },
         num_warps=4,
         overlap=draw,
@@ -145,7 +148,7 @@ def plan_hopper_forward(
     if tickets is not None:
         launches.insert(0, Launch(hopper_tickets_kernel, 1, {"tickets": tickets}, num_warps=1))
         workspaces = {"tickets": tickets}
-    if config.optimistic:
+    if config.optimistic and not again:
         launches.append(plan_redo(problem, q, k, v, out, softmax_lse, alibi_slopes, packing))
     return launches, workspaces
 

@@ -30,14 +30,18 @@ __all__ = [
     "ALL",
     "KEYS",
     "KIND",
+    "MARK",
     "QUERIES",
     "RING",
     "SLOTS",
     "VALUES",
     "WARPS",
     "behind",
+    "clear_mark",
     "give_back",
     "make",
+    "mark",
+    "marked",
     "of_ring",
     "wait",
 ]
@@ -61,6 +65,9 @@ WARPS = gl.constexpr(4)
 
 ALL = gl.constexpr(12)
 """Rows of barriers that are set aside, six of which are used: 768 bytes, to be the largest but for tiles."""
+
+MARK = gl.constexpr(6 * KIND.value)
+"""How far behind the first of them, in bytes, it stands whether a row of the program's is marked."""
 
 
 @gluon.jit
@@ -158,6 +165,66 @@ def give_back(operands: Any, which: Any, slot: Any, pred: Any = True, _semantic:
         mov.u32 $0, 0;
     }}"""
     assemble(text, numbers, _semantic)
+
+
+@builtin
+def clear_mark(operands: Any, _semantic: Any = None) -> None:
+    """Say that no row is marked, before there are partitions."""
+    text = f"""{{
+        .reg .u32 place, none;
+        mov.u32 place, global_smem;
+        mov.u32 none, 0;
+        st.shared.u32 [place + {_mark_of(operands)}], none;
+        mov.u32 $0, 0;
+    }}"""
+    assemble(text, [], _semantic)
+
+
+@builtin
+def mark(operands: Any, row_lse: Any, _semantic: Any = None) -> None:
+    """Mark the program, or both of a cluster, if a row's LSE is not a number."""
+    places = [""]
+    if unwrap(operands.k_shared) is not None:
+        places = [f"mapa.shared::cluster.u32 place, own, {program};" for program in (0, 1)]
+    space = "shared" if len(places) == 1 else "shared::cluster"
+    stores = "".join(f"{place} @marked st.{space}.u32 [place], one;" for place in places)
+    text = f"""{{
+        .reg .pred marked;
+        .reg .u32 own, place, one;
+        setp.nan.f32 marked, $1, $1;
+        mov.u32 own, global_smem;
+        add.u32 own, own, {_mark_of(operands)};
+        mov.u32 place, own;
+        mov.u32 one, 1;
+        {stores}
+        mov.u32 $0, 0;
+    }}"""
+    gl.inline_asm_elementwise(text, "=r,f", [row_lse], gl.int32, False, 1, _semantic=_semantic)
+
+
+@builtin
+def marked(operands: Any, unless: Any, _semantic: Any = None) -> Any:
+    """Whether a row was marked, as an int32; 0 ``unless`` that is 0. Those who mark have met those who ask.
+
+    If so, all that this thread had the TMA unit store has arrived: what is computed again goes to the same
+    places.
+    """
+    text = f"""{{
+        .reg .pred found;
+        .reg .u32 place;
+        mov.u32 place, global_smem;
+        ld.volatile.shared.u32 $0, [place + {_mark_of(operands)}];
+        setp.eq.u32 found, $1, 0;
+        @!found mov.u32 $0, 0;
+        setp.ne.u32 found, $0, 0;
+        @found cp.async.bulk.wait_group 0;
+    }}"""
+    return gl.inline_asm_elementwise(text, "=&r,r", [unless], gl.int32, False, 1, _semantic=_semantic)
+
+
+def _mark_of(operands: Any) -> int:
+    """Where the mark stands, in bytes from the start of shared memory."""
+    return _place_of(operands, 0) + int(MARK.value)
 
 
 def _ring_of(operands: Any, which: int) -> Any:

@@ -15,9 +15,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import backward_work, ring, work
+from .config import MOST_DRAWN
 
 SLOTS = gl.constexpr(2)
 NUMBERS = gl.constexpr(10)
+MOST = gl.constexpr(MOST_DRAWN)
 
 
 class Board(NamedTuple):
@@ -41,6 +43,25 @@ def make_board(HEARERS: gl.constexpr):
     numbers = gl.allocate_shared_memory(gl.int32, [SLOTS * NUMBERS, 1], single)
     full, empty = ring.make_barriers(SLOTS, HEARERS)
     return Board(numbers, full, empty)
+
+
+@gluon.jit
+def make_drawn():
+    """Room for the tickets that a program has drawn."""
+    single: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [MOST, 1], single)
+
+
+@gluon.jit
+def keep(drawn, number, turn):
+    """Write down the turn of tile number ``number``; for one warp."""
+    _write(drawn, number, turn)
+
+
+@gluon.jit
+def kept(drawn, number):
+    """The turn of tile number ``number``, for the warp that has written it down."""
+    return _read(drawn, number, 1)
 
 
 @gluon.jit

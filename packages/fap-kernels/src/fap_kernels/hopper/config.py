@@ -21,6 +21,7 @@ __all__ = [
     "FORWARD",
     "FOUNDED_128",
     "LIFT",
+    "MOST_DRAWN",
     "ORDERED_64",
     "ORDERED_128",
     "REDO",
@@ -37,6 +38,9 @@ WARPGROUP_ROWS = 64
 LIFT = 12
 """Where weights of the backward wait as float16 they are 2^LIFT times as large. So those of a million keys
 still are normal numbers, and 1 is far from float16's end. Until they leave, so are all gradients."""
+
+MOST_DRAWN = 128
+"""Tickets that a program draws at most where it must know them again: 512 bytes, less than barriers take."""
 
 Config = TypeVar("Config")
 

@@ -69,6 +69,7 @@ class Operands(NamedTuple):
         k_shared, v_shared: where two programs share ``k_ring`` and ``v_ring``, else None.
         assembled: True where warps wait for the rings and give back to them by assembly, else None.
         again: True where the program computes again what it has marked, None where another kernel does.
+        drawn: shared memory for the tickets that it has drawn, to have the same query tiles again, else None.
         staging: shared memory through which the output leaves, a tile, or half of one, for each warpgroup;
             None where it leaves through the place of its queries, which are no longer needed.
         out, lse, lse_rows: where the results go, ``out`` by descriptor, and how many rows of LSE a head has.
@@ -85,6 +86,7 @@ class Operands(NamedTuple):
     v_shared: Any
     assembled: Any
     again: Any
+    drawn: Any
     staging: Any
     out: Any
     lse: Any
@@ -137,10 +139,13 @@ def hopper_forward_kernel(
     board = None
     if cu_seqlens_q is not None or tickets is not None:
         board = announcements.make_board(WARPGROUPS)
+    drawn = None
+    if AGAIN and tickets is not None:
+        drawn = announcements.make_drawn()
     fence_async_shared()
     operands = Operands(
         call, score, board, alibi_stride, queries, keys, values, k_shared, v_shared,
-        True if ASSEMBLED else None, True if AGAIN else None, staging, out_part0, lse, lse_rows,
+        True if ASSEMBLED else None, True if AGAIN else None, drawn, staging, out_part0, lse, lse_rows,
     )  # fmt: skip
     if AGAIN:
         mbarriers.clear_mark(operands)
@@ -246,24 +251,30 @@ def _fetch(
     _meet(operands)
     none = gl.to_tensor(0)
     if operands.again is None:
-        _fetch_all(operands, parts, none, none, none, none, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES, PAIRED)
+        _fetch_all(
+            operands, parts, None, none, none, none, none, none, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES, PAIRED
+        )
         _meet(operands)
     else:
-        q_stage, q_phase, stage, phase, plain, more = none, none, none, none, 0, 1
+        q_stage, q_phase, stage, phase, count, plain, more = none, none, none, none, none, 0, 1
         while more > 0:
-            q_stage, q_phase, stage, phase = _fetch_all(
-                operands, parts, q_stage, q_phase, stage, phase, BLOCK_N, STAGES, WARPGROUPS, Q_STAGES, PAIRED
-            )
+            q_stage, q_phase, stage, phase, count = _fetch_all(
+                operands, parts, plain, q_stage, q_phase, stage, phase, count, BLOCK_N, STAGES, WARPGROUPS,
+                Q_STAGES, PAIRED,
+            )  # fmt: skip
             more = _more(operands, plain, 128 * WARPGROUPS + 32)
             plain = 1
 
 
 @gluon.jit
 def _fetch_all(
-    operands, parts, q_stage, q_phase, stage, phase, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    operands, parts, plain, q_stage, q_phase, stage, phase, done, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, PAIRED: gl.constexpr,
 ):  # fmt: skip
-    """Fetch all that the program's query tiles need; return where the rings are then."""
+    """Fetch all that the program's query tiles need, of which it has ``done`` so many the second time.
+
+    Returns where the rings are then, and how many tiles there were.
+    """
     call = operands.call
     BLOCK_M: gl.constexpr = ROWS * WARPGROUPS
     if call.tickets is not None and call.cu_seqlens_q is not None:
@@ -271,7 +282,9 @@ def _fetch_all(
     turn, tile = work.next_tile(call, work.first_turn(call), BLOCK_M, PAIRED)
     count = 0
     while work.there_is(call, turn, PAIRED):
-        announcements.announce(operands.board, count, True, tile)
+        announcements.announce(operands.board, _number(count, plain, done), True, tile)
+        if operands.drawn is not None:
+            announcements.keep(operands.drawn, count, turn)
         q_packed = tile.q_start if call.cu_seqlens_q is not None else None
         k_packed = tile.k_start if call.cu_seqlens_k is not None else None
         q_rows = rows.Rows(None, None, parts[0], None, tile.q_batch, q_packed, tile.seqlen_q, None)
@@ -285,7 +298,10 @@ def _fetch_all(
         # To draw a ticket takes a microsecond: it is done while the rings are still full.
         if call.tickets is not None:
             grid.wait_for_previous()  # which sets the counter to 0
-        turn = work.turn_after(call, turn)
+        if operands.drawn is None:
+            turn = work.turn_after(call, turn)
+        else:
+            turn = _turn_drawn(operands, plain, done, count + 1)
         sweep = work.sweep_of(call, tile, BLOCK_M, BLOCK_N)
         for step in range(sweep.count):
             first_key = sweep.top - step * BLOCK_N
@@ -299,8 +315,33 @@ def _fetch_all(
             stage, phase = ring.advance(stage, phase, STAGES)
         turn, tile = work.next_tile(call, turn, BLOCK_M, PAIRED)
         count += 1
-    announcements.announce(operands.board, count, False, tile)
-    return q_stage, q_phase, stage, phase
+    announcements.announce(operands.board, _number(count, plain, done), False, tile)
+    return q_stage, q_phase, stage, phase, count
+
+
+@gluon.jit
+def _number(count, plain, done):
+    """The number of an announcement: those of the second time follow that there are no more of the first."""
+    if plain is None:
+        return count
+    else:
+        return gl.where(plain > 0, done + 1 + count, count)
+
+
+@gluon.jit
+def _turn_drawn(operands, plain, done, number):
+    """The turn of tile number ``number``: it is drawn, if there is room for it, or the second time known.
+
+    Others draw what is left then.
+    """
+    call = operands.call
+    turn = call.items + 0  # no item
+    if plain == 0:
+        if number < announcements.MOST:
+            turn = work.turn_after(call, turn)
+    elif number < done:
+        turn = announcements.kept(operands.drawn, number)
+    return turn
 
 
 @gluon.jit
@@ -353,7 +394,7 @@ def _multiply_all(
     q_slot, q_phase = count % Q_STAGES * WARPGROUPS + WARPGROUP, count // Q_STAGES & 1
     # Whether the next tile's first scores are there before this one's output has left.
     AHEAD: gl.constexpr = OVERLAP_TILES or OUT_PARTS > 0
-    turn, there, tile = announcements.tile_at(operands.board, 0, call, 0, BLOCK_M, PAIRED)
+    turn, there, tile = announcements.tile_at(operands.board, _heard(count, plain), call, 0, BLOCK_M, PAIRED)
     if AHEAD:
         begun, sweep, stage, phase = _begin(
             operands, tile, there, WARPGROUP, q_slot, q_phase, stage, phase,
@@ -379,7 +420,9 @@ def _multiply_all(
         )  # fmt: skip
         done, done_max, done_sums, done_slot = tile, row_max, sums, q_slot
         count += 1
-        turn, there, tile = announcements.tile_at(operands.board, count, call, turn + 1, BLOCK_M, PAIRED)
+        turn, there, tile = announcements.tile_at(
+            operands.board, _heard(count, plain), call, turn + 1, BLOCK_M, PAIRED
+        )
         q_slot = count % Q_STAGES * WARPGROUPS + WARPGROUP
         q_phase = count // Q_STAGES & 1
         if OVERLAP_TILES:
@@ -433,6 +476,15 @@ def _multiply_all(
                 mbarriers.give_back(operands, QUERIES, done_slot)
     tma.store_wait(0)
     return stage, phase, count
+
+
+@gluon.jit
+def _heard(count, plain):
+    """The number of the announcement of tile ``count``; between the passes one says that none is left."""
+    if plain is None:
+        return count
+    else:
+        return count + plain
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ from ..launch import (
     tiles_of,
 )
 from .conditions import places_are_known
-from .config import FORWARD, REDO, WARPGROUP_ROWS, HopperConfig, choose
+from .config import FORWARD, MOST_DRAWN, REDO, WARPGROUP_ROWS, HopperConfig, choose
 from .redo import hopper_redo_kernel
 from .tickets import hopper_tickets_kernel
 from .work import CLUSTER
@@ -107,8 +107,9 @@ def plan_hopper_forward(
     # Where each program has but one tile, there is none to draw.
     draw = config.tickets and items > programs
     tickets = torch.empty(1, dtype=torch.int32, device=q.device) if draw else None
-    # A program knows what it had to do but where it draws. Where the mark stands, assembly says.
-    again = config.optimistic and not packed and not draw and places_are_known()
+    # A program has room for so many tickets, and all together for all. Where the mark stands, assembly says.
+    again = config.optimistic and not packed and places_are_known()
+    again = again and (not draw or items <= programs * MOST_DRAWN)
     forward = Launch(
         kernel=hopper_forward_kernel,
         programs=programs * cluster,

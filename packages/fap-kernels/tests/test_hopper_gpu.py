@@ -156,10 +156,12 @@ def test_a_late_key_may_tower_over_all_before_it(head_dim: int, factor: float, d
         ((1, 1100, 2100, 2, 2, 256), {}),
         ((1, 1300, 1300, 2, 1, 256), {"causal": True}),
         ((1, 700, 700, 2, 2, 256), {}),
+        ((1, 1500, 2500, 4, 2, 128), {"window_size": (700, 60)}),
+        ((2, 1100, 1200, 4, 2, 64), {"window_size": (600, -1)}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("row", [1, 300, -1])
+@pytest.mark.parametrize("row", [200, 300, -1])
 def test_a_single_row_that_outgrows_its_reference_is_found(
     sizes: tuple[int, ...], options: dict[str, Any], row: int, processors: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -169,13 +171,18 @@ def test_a_single_row_that_outgrows_its_reference_is_found(
     monkeypatch.setattr("fap_kernels.attention._forward_replays", Replays())
     q, k, v = draw(*sizes)
     q[..., 0] = k[..., 0] = 0.0
-    q[0, row, -1, 0], k[0, 0, :, 0] = 20.0, 300.0
+    # The first key that the row sees comes last.
+    left = options.get("window_size", (-1, -1))[0]
+    key = max(row % sizes[1] + sizes[2] - sizes[1] - left, 0) if left >= 0 else 0
+    q[0, row, -1, 0], k[0, key, :, 0] = 20.0, 300.0
     check(q, k, v, **options)
 
 
 def test_what_is_not_finite_stays_where_the_portable_kernel_has_it() -> None:
     q, k, v = draw(1, 300, 1500, 2, 2, 128)
     q[0, 5, 0, 3] = torch.nan
+    q[0, 250, 0, 7] = torch.inf  # all of its logits are -inf, which is not to be without keys
+    k[0, :, 0, 7] = -1.0
     k[0, 100, 1, 0] = torch.inf
     v[0, 600, 0, 0] = torch.inf
     v[0, 3, 0, 1] = torch.nan

@@ -713,16 +713,21 @@ def _step(
 def _finish(operands, plain, tile, WARPGROUP: gl.constexpr, acc, row_max, sums, OPTIMISTIC: gl.constexpr):
     """Normalise and round the output, and store the LSE."""
     factor, row_lse, row_sum = softmax.finish(row_max, sums)
+    call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
+    row = first_row + gl.arange(0, ROWS, row_max.type.layout)
+    strides = (call.nheads * operands.lse_rows, operands.lse_rows)
+    entry = rows.vector_of(operands.lse, strides, tile.q_batch, tile.head, tile.q_start)
     if OPTIMISTIC:
         doubted = softmax.mark_overflow(row_lse, row_sum, acc)
         if plain is None:
             row_lse = doubted
         else:
-            mbarriers.mark(operands, doubted)
-    call, first_row = operands.call, tile.first_query + WARPGROUP * ROWS
-    row = first_row + gl.arange(0, ROWS, row_max.type.layout)
-    strides = (call.nheads * operands.lse_rows, operands.lse_rows)
-    entry = rows.vector_of(operands.lse, strides, tile.q_batch, tile.head, tile.q_start)
+            mbarriers.mark(operands, doubted, plain)
+            # Logits that all are -inf look like no keys to masked steps. But then there was no doubt.
+            before = gl.load(entry + row, mask=(row < tile.seqlen_q) & (plain > 0), other=0.0)
+            lost = gl.where((row_sum == 0.0) & (before != before), float("nan"), 0.0)
+            row_lse = gl.where(plain > 0, row_lse + lost, doubted)
+            factor += lost
     gl.store(entry + row, row_lse, mask=row < tile.seqlen_q)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
     return acc.to(operands.out.dtype)

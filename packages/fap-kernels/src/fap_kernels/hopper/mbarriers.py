@@ -64,7 +64,8 @@ WARPS = gl.constexpr(4)
 """Of a warpgroup."""
 
 ALL = gl.constexpr(12)
-"""Rows of barriers that are set aside, six of which are used: 768 bytes, to be the largest but for tiles."""
+"""Rows of barriers that are set aside, of which rings use six and the mark one: 768 bytes, to be the largest
+but for tiles."""
 
 MARK = gl.constexpr(6 * KIND.value)
 """How far behind the first of them, in bytes, it stands whether a row of the program's is marked."""
@@ -181,8 +182,8 @@ def clear_mark(operands: Any, _semantic: Any = None) -> None:
 
 
 @builtin
-def mark(operands: Any, row_lse: Any, _semantic: Any = None) -> None:
-    """Mark the program, or both of a cluster, if a row's LSE is not a number."""
+def mark(operands: Any, row_lse: Any, unless: Any, _semantic: Any = None) -> None:
+    """Mark the program, or both of a cluster, if a row's LSE is not a number, ``unless`` that is not 0."""
     places = [""]
     if unwrap(operands.k_shared) is not None:
         places = [f"mapa.shared::cluster.u32 place, own, {program};" for program in (0, 1)]
@@ -192,6 +193,7 @@ def mark(operands: Any, row_lse: Any, _semantic: Any = None) -> None:
         .reg .pred marked;
         .reg .u32 own, place, one;
         setp.nan.f32 marked, $1, $1;
+        setp.eq.and.u32 marked, $2, 0, marked;
         mov.u32 own, global_smem;
         add.u32 own, own, {_mark_of(operands)};
         mov.u32 place, own;
@@ -199,7 +201,7 @@ def mark(operands: Any, row_lse: Any, _semantic: Any = None) -> None:
         {stores}
         mov.u32 $0, 0;
     }}"""
-    gl.inline_asm_elementwise(text, "=r,f", [row_lse], gl.int32, False, 1, _semantic=_semantic)
+    gl.inline_asm_elementwise(text, "=r,f,r", [row_lse, unless], gl.int32, False, 1, _semantic=_semantic)
 
 
 @builtin
